@@ -1,0 +1,157 @@
+"""The paper's three networks and their ensemble.
+
+Inputs are images in [0, 1], (N, C, H, W); outputs are logits, (N, 10). Names in the state_dicts and
+parameter counts are those of the paper's released checkpoints, which therefore load as they are.
+"""
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SHAPES = {'mnist': (1, 28), 'mnist5k': (1, 28), 'cifar10': (3, 32)}  # channels, height = width
+
+
+class LeNet(nn.Module):
+    """Two 5x5 convolutions and two fully connected layers; 3,274,634 parameters at width 16 on MNIST."""
+
+    def __init__(self, width=16, channels=1, size=28):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 2 * width, 5, padding=2)
+        self.conv2 = nn.Conv2d(2 * width, 4 * width, 5, padding=2)
+        self.fc1 = nn.Linear(4 * width * (size // 4) ** 2, 64 * width)
+        self.fc2 = nn.Linear(64 * width, 10)
+
+    def forward(self, x):
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # pooling first: it commutes with ReLU, on 4 x fewer values
+        x = F.relu(F.max_pool2d(self.conv2(x), 2))
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
+class VGG(nn.Module):
+    """VGG16 with BatchNorm; 3,686,954 parameters at width 8 on CIFAR10."""
+
+    PLAN = (4, 4, 'M', 8, 8, 'M', 16, 16, 16, 'M', 32, 32, 32, 'M', 32, 32, 32, 'M')
+
+    def __init__(self, width=8, channels=3, size=32):
+        super().__init__()
+        layers = []
+        for multiple in self.PLAN:
+            if multiple == 'M':
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))  # ceil: five poolings leave 1 x 1 of 28 x 28, too
+            else:
+                out = multiple * width
+                layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
+                channels = out
+        self.feature_extractor = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, 10)
+
+    def forward(self, x):
+        return self.classifier(self.feature_extractor(x).flatten(1))
+
+
+class Block(nn.Module):
+    """ResNet's basic block: two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, channels, out, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or channels != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+
+    def forward(self, x):
+        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(residual + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet18 for small images; 2,797,610 parameters at width 8 (the usual one is twice as wide) on CIFAR10."""
+
+    def __init__(self, width=8, channels=3, size=32):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4 * width)
+        widths = [4 * width, 4 * width, 8 * width, 16 * width, 32 * width]
+        for i, stride in enumerate((1, 2, 2, 2)):
+            blocks = Block(widths[i], widths[i + 1], stride), Block(widths[i + 1], widths[i + 1], 1)
+            setattr(self, f'layer{i + 1}', nn.Sequential(*blocks))
+        self.classifier = nn.Linear(widths[-1], 10)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.classifier(x.mean((2, 3)))
+
+
+class Ensemble(nn.Module):
+    """Log of the mean of the members' probabilities, (N, 10): logsumexp_k(log_softmax(z_k)) - log K.
+
+    Used as logits it gives the ensemble's cross-entropy, margin and DLR, so attacks need no second code path.
+    """
+
+    def __init__(self, members):
+        super().__init__()
+        self.members = nn.ModuleList(members)
+        if not self.members:
+            raise ValueError('an ensemble needs at least one member, got none')
+
+    def forward(self, x):
+        log_probabilities = torch.stack([F.log_softmax(member(x), 1) for member in self.members])
+        return log_probabilities.logsumexp(0) - math.log(len(self.members))
+
+
+MODELS = {'lenet': LeNet, 'vgg': VGG, 'resnet18': ResNet18}
+
+
+def build(name, dataset, width):
+    """A freshly initialised network, `name` in MODELS, for the images of `dataset` in SHAPES."""
+    if name not in MODELS:
+        raise ValueError(f'model {name!r} is unknown; choose from {", ".join(MODELS)}')
+    if dataset not in SHAPES:
+        raise ValueError(f'dataset {dataset!r} is unknown; choose from {", ".join(SHAPES)}')
+    if width < 1:
+        raise ValueError(f'width must be at least 1, got {width}')
+    return MODELS[name](width, *SHAPES[dataset])
+
+
+def recognise(state_dict):
+    """The network that a plain state_dict was taken from, with its parameters: names and shapes say which one.
+
+    Raises ValueError where they fit none of MODELS.
+    """
+    def shape(key):
+        return getattr(state_dict.get(key), 'shape', (0, 0, 0, 0))
+
+    if 'fc1.weight' in state_dict:
+        out, channels = shape('conv1.weight')[:2]
+        model = LeNet(out // 2, channels, 4 * math.isqrt(shape('fc1.weight')[1] // max(2 * out, 1)))
+    elif 'feature_extractor.0.weight' in state_dict:
+        model = VGG(shape('feature_extractor.0.weight')[0] // 4, shape('feature_extractor.0.weight')[1])
+    elif 'layer1.0.conv1.weight' in state_dict:
+        model = ResNet18(shape('conv1.weight')[0] // 4, shape('conv1.weight')[1])
+    else:
+        raise ValueError(f'these are the parameters of none of {", ".join(MODELS)}: {", ".join(list(state_dict)[:3])}, ...')
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f'these parameters do not fit a {type(model).__name__}: {error}') from None
+    return model
+
+
+@contextlib.contextmanager
+def precision(kind, device):
+    """Inside, networks compute in 'fp32', in 'tf32' (tensor cores, cuda only) or under 'bf16' autocast."""
+    saved = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision('highest' if kind == 'fp32' else 'high')
+    torch.backends.cudnn.allow_tf32 = kind != 'fp32'
+    try:
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=kind == 'bf16'):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(saved[0])
+        torch.backends.cudnn.allow_tf32 = saved[1]

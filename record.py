@@ -1,0 +1,184 @@
+"""What a run leaves on disk, and how to read it back.
+
+One run is one folder: config.json (every flag, and the sessions that worked on it), log.jsonl (one line per epoch),
+period1.pt ... (a plain state_dict at the end of each period) and, until the run is complete, last.pt. Each file is
+replaced as a whole, so whatever the moment of a crash there is an old one or a new one, never half of one.
+"""
+import argparse
+import contextlib
+import datetime
+import fcntl
+import fractions
+import json
+import os
+import pathlib
+import pickle
+import platform
+import subprocess
+import sys
+
+import torch
+
+import models
+
+
+def replace(path, write):
+    """Calls write(file) on a new binary file, then puts it in the place of `path` in one step, on the disk for good."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    with open(temporary, 'wb') as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save(path, content):
+    """Writes tensors (any `torch.save` takes) to a .pt, anything else as JSON; lists to .jsonl, one line an item."""
+    path = pathlib.Path(path)
+    if path.suffix == '.pt':
+        replace(path, lambda file: torch.save(content, file))
+    elif path.suffix == '.jsonl':
+        replace(path, lambda file: file.write(''.join(json.dumps(row) + '\n' for row in content).encode()))
+    else:
+        replace(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def load(path):
+    """What `save` wrote. ValueError, naming the file, for one that is truncated or holds more than plain data."""
+    path = pathlib.Path(path)
+    try:
+        if path.suffix == '.json':
+            return json.loads(path.read_text())
+        if path.suffix == '.jsonl':
+            return [json.loads(line) for line in path.read_text().splitlines()]
+        return torch.load(path, map_location='cpu', weights_only=True)  # runs no code of a stranger's checkpoint
+    except pickle.UnpicklingError:
+        raise ValueError(f'{path} is refused: it is no plain state_dict (only tensors are loaded, never code)') from None
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f'{path} is truncated or damaged: {str(error).splitlines()[0]}') from None
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Inside, `folder` (made if missing) is this process's; ValueError if another one has it. Dies with its owner."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f'{folder} is in use by another process; wait for it or choose another --out') from None
+        for leftover in pathlib.Path(folder).glob('.*.tmp'):  # of a process that was killed while it wrote
+            leftover.unlink()
+        yield
+    finally:
+        os.close(handle)
+
+
+def start(folder, config, device):
+    """Begins the run in `folder`, or continues it if `config` (flag -> value) is what it began with.
+
+    Returns the state in last.pt, None where the run is at its beginning. ValueError names the flags that differ.
+    """
+    path, session = pathlib.Path(folder) / 'config.json', describe(device)
+    if path.exists():
+        begun = load(path)
+        changed = [flag for flag in config if begun.get(flag) != config[flag]]
+        if changed:
+            flags = ', '.join(f'--{flag.replace("_", "-")} {begun.get(flag)} (now {config[flag]})' for flag in changed)
+            raise ValueError(f'{folder} was begun with {flags}; continue it with the same flags, '
+                             'or name a new folder with --out')
+        sessions = begun['sessions']
+    else:
+        if any(pathlib.Path(folder).iterdir()):
+            raise ValueError(f'{folder} holds files but no config.json, so it is no run; name another folder with --out')
+        sessions = []
+    if session not in sessions:
+        save(path, config | {'sessions': sessions + [session]})
+    last = pathlib.Path(folder) / 'last.pt'
+    return load(last) if last.exists() else None
+
+
+def describe(device):
+    """Where numbers come from: commit, versions, device and date, as a dict."""
+    try:
+        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--exclude=*'], text=True, capture_output=True,
+                                cwd=pathlib.Path(__file__).parent, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+        commit = None
+    if torch.device(device).type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
+    return {'commit': commit, 'python': platform.python_version(), 'torch': torch.__version__, 'device': name,
+            'date': datetime.date.today().isoformat()}
+
+
+def finished(folder):
+    """Whether all periods of the run in `folder` are over."""
+    folder = pathlib.Path(folder)
+    periods = load(folder / 'config.json')['periods']
+    return (folder / f'period{len(periods)}.pt').exists() and not (folder / 'last.pt').exists()
+
+
+def members(path):
+    """The checkpoints that `path` means and the config of their run (None for a file outside of a run).
+
+    A folder means the model at the end of each period: one, or the ensemble of a periodic run.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise ValueError(f'{path} does not exist')
+    folder = path if path.is_dir() else path.parent
+    config = load(folder / 'config.json') if (folder / 'config.json').exists() else None
+    if path.is_file():
+        return [path], config
+    if config is None:
+        raise ValueError(f'{path} is no run: it has no config.json')
+    if not finished(path):
+        raise ValueError(f'{path} is not finished; continue it with the train.py command that began it, '
+                         'or name its checkpoints one by one')
+    return [path / f'period{i + 1}.pt' for i in range(len(config['periods']))], config
+
+
+def rebuild(path, config=None):
+    """The network in the checkpoint `path`, as `config` describes it or else as its names and shapes tell.
+
+    ValueError, naming the file, where it is no plain state_dict, does not fit, or is not finite.
+    """
+    state = load(path)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f'{path} is no plain state_dict; the checkpoints of a run are period1.pt, period2.pt, ...')
+    bad = [key for key, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f'{path} holds values that are not finite, in {bad[0]}')
+    try:
+        if config is None:
+            return models.recognise(state)
+        model = models.build(config['model'], config['dataset'], config['width'])
+        model.load_state_dict(state)
+        return model
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f'{path} does not fit: {error}') from None
+
+
+def budget(text):
+    """A budget or step as the paper prints it, '8/255' or '0.4', as a fraction of the pixel range [0, 1]."""
+    value = float(fractions.Fraction(text))
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not in [0, 1], the range of a pixel; did you mean {text}/255?')
+    return value
+
+
+def run(main):
+    """Runs a script's main; bad input and Ctrl-C end it with one line, not with a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f'error: {error}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted; the same command goes on from what is on disk')
