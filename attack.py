@@ -71,23 +71,21 @@ def attack(run):
 
 
 @attack
-def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, batch_size=500):
+def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, batch_size=250):
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018): the last of `n_iter` signed steps.
 
     It starts uniformly in +-`start` (step_size unless given, as the paper's code does; eps is the other
     usual choice) around x.
     """
-    low, high = box(x, eps)
-    x_adv = x.clone()
-    x_adv += (step_size if start is None else start) * (2 * uniform(seed, index, x.shape[1:], x) - 1)
-    x_adv = x_adv.clamp_(low, high)
-    total = x.new_zeros(())
+    width, total, x_adv = step_size if start is None else start, x.new_zeros(()), x.clone()
     for i in range(0, len(x), batch_size):
         rows = slice(i, i + batch_size)
-        z = x_adv[rows]  # a view, so the steps in place are steps of x_adv
+        z = x_adv[rows]  # a view: steps in place are steps of x_adv
+        low, high = box(x[rows], eps)
+        z.add_(uniform(seed, index[rows], x.shape[1:], x).mul_(2).sub_(1), alpha=width).clamp_(low, high)
         for _ in range(n_iter):
             loss, _, grad = loss_and_gradient(model, z, y[rows], cross_entropy)
-            z.add_(grad.sign_(), alpha=step_size).clamp_(low[rows], high[rows])
+            z.add_(grad.sign_(), alpha=step_size).clamp_(low, high)
             total.add_(loss.sum())
     refuse_nan(total)
     return x_adv
@@ -95,7 +93,7 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
 
 @attack
 def apgd(model, x, y, eps, n_iter=100, n_restarts=1, loss='ce', *, rho=.75, best_loss=False,
-         seed=0, index=None, batch_size=500):
+         seed=0, index=None, batch_size=250):
     """Auto-PGD (Croce & Hein 2020): momentum, and a step size that halves where the loss stops rising.
 
     `loss` is 'ce' or 'dlr'. Returns each image's first misclassified point or else its point of highest loss:
@@ -175,7 +173,7 @@ def apgd_checkpoints(n_iter):
 
 
 @attack
-def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, batch_size=500):
+def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, batch_size=250):
     """Square attack (Andriushchenko et al. 2019): random search with squares, needing no gradient.
 
     It starts from vertical stripes of +-eps (the first query). Each further query sets a window, at a random
@@ -185,13 +183,12 @@ def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, b
     if not 0 < p_init <= 1:
         raise ValueError(f'square: p_init must be above 0 and at most 1, got {p_init}')
     n, channels, height, width = x.shape
-    low, high = box(x, eps)
-    stripes = uniform(seed, index, (channels, 1, width), x) < .5
-    x_adv = x.clone()
-    margins = torch.zeros(n, dtype=x.dtype, device=x.device)  # 0: done
+    x_adv, margins = x.clone(), x.new_zeros(n)  # a margin of 0: done
     for rows in correct(model, x, y, batch_size).nonzero().squeeze(1).split(batch_size):
-        x_adv[rows] = torch.where(stripes[rows], low[rows], high[rows])
+        stripes = uniform(seed, index[rows], (channels, 1, width), x) < .5
+        x_adv[rows] = torch.where(stripes, *box(x[rows], eps))
         margins[rows] = margin(model(x_adv[rows]), y[rows])
+    refuse_nan(margins.sum())
     query = 1
     while query < n_queries:
         standing = (margins > 0).nonzero().squeeze(1)
@@ -199,12 +196,12 @@ def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, b
             break
         block = range(query + 1, min(query + 20, n_queries) + 1)  # the images that are done leave between blocks
         for rows in standing.split(batch_size):
-            x_rows, margin_rows, low_rows, high_rows = x_adv[rows], margins[rows], low[rows], high[rows]
-            for query in block:
+            x_rows, margin_rows, corners = x_adv[rows], margins[rows], box(x[rows], eps)
+            draws = uniform(seed, index[rows], (2 + channels,), x, stream=torch.tensor(block, device=x.device)[:, None])
+            for query, u in zip(block, draws):
                 side = square_side(query, p_init, height, width)
-                u = uniform(seed, index[rows], (2 + channels,), x, stream=query)
                 window = (inside(u[:, 0], side, height)[:, None, :, None] & inside(u[:, 1], side, width)[:, None, None])
-                signed = torch.where(per_image(u[:, 2:] < .5), low_rows, high_rows)
+                signed = torch.where(per_image(u[:, 2:] < .5), *corners)
                 x_new = torch.where(window, signed, x_rows)
                 margin_new = margin(model(x_new), y[rows])
                 better = (margin_new < margin_rows) & (margin_rows > 0)
@@ -238,7 +235,7 @@ ATTACKS = {
 }
 
 
-def predict(model, x, batch_size=500):
+def predict(model, x, batch_size=250):
     """The classes that the model, in eval mode, predicts for x: (N,) int64."""
     classes = torch.empty(len(x), dtype=torch.long, device=x.device)
     with frozen(model), torch.no_grad():
@@ -249,7 +246,7 @@ def predict(model, x, batch_size=500):
     return classes
 
 
-def correct(model, x, y, batch_size=500):
+def correct(model, x, y, batch_size=250):
     """Whether the model predicts y: (N,) bool. 1 - its mean is the clean error, or the robust error for x_adv."""
     return predict(model, x, batch_size) == y
 
@@ -306,17 +303,18 @@ def refuse_nan(total):
 
 
 def uniform(seed, index, shape, like, stream=0):
-    """Uniform numbers in [0, 1), (len(index), *shape), in the dtype and on the device of `like`.
+    """Uniform numbers in [0, 1), (*index.shape, *shape), in the dtype and on the device of `like`.
 
-    Counter-based (Salmon et al. 2011): row i is a pure function of seed, index[i] and stream, so it is the same
-    in any batch, order and device. Each row is SplitMix64 (Steele et al. 2014), seeded by these three.
+    Counter-based (Salmon et al. 2011): the numbers of an image are a pure function of seed, its index and stream (the
+    two may broadcast), so they are the same in any batch, order and device. They are those of SplitMix64 (Steele et al.
+    2014), seeded by the three.
     """
     key = torch.tensor(seed % 2 ** 63, device=like.device)
-    for word in (index, stream):
+    for word in index, stream:
         key = splitmix64(key) + word
     counter = torch.arange(1, math.prod(shape) + 1, device=like.device)
-    bits = splitmix64(splitmix64(key)[:, None] + counter * -0x61C8864680B583EB)
-    return ((bits >> 40) & 0xFFFFFF).to(like.dtype).mul_(2 ** -24).reshape(len(index), *shape)
+    bits = splitmix64(splitmix64(key)[..., None] + counter * -0x61C8864680B583EB)
+    return ((bits >> 40) & 0xFFFFFF).to(like.dtype).mul_(2 ** -24).reshape(*key.shape, *shape)
 
 
 def splitmix64(z):

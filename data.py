@@ -58,7 +58,7 @@ def load(name, data_dir='data', device='cpu'):
     tensors = []
     for split in SPLITS[name]:
         x = torch.from_numpy(arrays[f'x_{split}']).to(device).float().div_(255)
-        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)  # in memory channels_last, which is fast
         tensors += [x, torch.from_numpy(arrays[f'y_{split}']).to(device).long()]
     return tensors
 
