@@ -112,7 +112,7 @@ def subset(n, k=None):
     """Indices of k of n examples, (k,) int64, drawn once and for all and nested in k; of all of them if k is None."""
     if k is None:
         return torch.arange(n)
-    if not 1 <= k <= n:
+    if not 0 <= k <= n:
         raise ValueError(f'cannot take {k} of {n} examples')
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values
 

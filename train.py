@@ -65,8 +65,9 @@ def test(net, x, y, index, c):
     with models.precision('fp32', x.device):
         predicted = attack.predict(net, x)
         x_adv = attack.pgd(net, x, y, c.eps, c.step_size, c.n_iter, index=index)
-        robust = attack.correct(net, x_adv, y) & (predicted == y)
-    return {'clean_error': (predicted != y).float().mean().item(), 'robust_error': 1 - robust.float().mean().item(),
+        wrong = predicted != y
+        fooled = wrong | ~attack.correct(net, x_adv, y)
+    return {'clean_error': wrong.sum().item() / len(y), 'robust_error': fooled.sum().item() / len(y),
             'predicted_classes': len(predicted.unique())}
 
 
@@ -161,6 +162,8 @@ def settings(args):
     else:
         epochs = given('epochs', paper['epochs'])
         periods = schedule.thirds(epochs) if args.periodic else [epochs]
+    if paper['eps'] > 0 and args.step_size == 0:
+        raise ValueError('--step-size must be above 0')
     eps_max = paper['eps'] if args.eps_sched == 'constant' else paper['eps_max'][args.eps_sched]
     return SimpleNamespace(
         dataset=args.dataset, model=model, width=given('width', {'lenet': 16}.get(model, 8)),
