@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# The experiments. What a row does not say is train.py's default, which is the paper's.
+#
+#   bash run_all.sh          Table 1 of the paper: 15 settings x 3 seeds, for a GPU. SEEDS="0" for one seed, --cpu to insist.
+#   bash run_all.sh --quick  the main job in miniature, on 5,000 real digits, in minutes on two CPU cores
+#   bash run_all.sh --test   the tests
+#
+# Each sets itself up: the packages of $PYTHON (default: python3) if they are there, else a .venv made here. Finished work
+# is skipped and interrupted work continued, so the same command may be given again at any time.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+main() {
+    case "${1:-}" in
+        --quick) setup; quick ;;
+        --test)  setup; "$python" -m pytest -q tests ;;
+        '')      setup
+                 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail "no GPU here, and Table 1 needs" \
+                     "weeks on a CPU. bash run_all.sh --quick takes minutes; bash run_all.sh --cpu begins all the same"
+                 table1 ;;
+        --cpu)   setup; table1 ;;
+        *)       sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [[ "$1" == --help || "$1" == -h ]] || fail "'$1' is unknown" ;;
+    esac
+}
+
+table1() {
+    local seed sched model
+    for seed in ${SEEDS:-0 1 2}; do
+        for sched in constant cosine linear; do
+            job mnist_lenet_${sched}_s$seed --dataset mnist --eps-sched $sched --seed $seed
+            for model in vgg resnet18; do
+                job cifar10_${model}_${sched}_s$seed          --dataset cifar10 --model $model --eps-sched $sched --seed $seed
+                job cifar10_${model}_${sched}_periodic_s$seed --dataset cifar10 --model $model --eps-sched $sched --seed $seed --periodic
+            done
+        done
+    done
+    "$python" report.py "${jobs[@]}"
+}
+
+# The learning rate is one at which a constant budget does not leave the plateau and a warm-up does.
+quick() {
+    local sched row=(--dataset mnist5k --width 4 --epochs 12 --batch-size 64 --lr 3e-3 --step-size 0.05 --n-iter 10 --n-eval 200)
+    examples=(--n-examples 300)
+    for sched in constant cosine linear; do
+        job quick/$sched "${row[@]}" --eps-sched $sched
+    done
+    job quick/linear_periodic "${row[@]}" --eps-sched linear --periodic
+    "$python" report.py "${jobs[@]}" --out results/quick
+}
+
+jobs=() examples=()
+job() {  # NAME FLAGS...: a run and what is computed from it
+    local run=ckpts/$1
+    "$python" train.py --out "$run" "${@:2}"
+    "$python" evaluate.py "$run" ${examples[@]+"${examples[@]}"}
+    jobs+=("$run")
+}
+
+setup() {
+    python=${PYTHON:-python3}
+    local packages='import torch, torchvision, numpy, matplotlib, tqdm, mlxtend, pytest'
+    command -v "$python" > /dev/null || fail "$python is not installed; Python 3.10 or newer is needed (PYTHON=/path/to/python3 names another)"
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$("$python" --version 2>&1) is too old; Python 3.10 or newer is needed (PYTHON=/path/to/python3 names another)"
+    if "$python" -c "$packages" 2> /dev/null; then return; fi
+    if ! .venv/bin/python -c "$packages" 2> /dev/null; then
+        echo 'setting up .venv from requirements.txt: some minutes, some GB'
+        "$python" -m venv .venv || fail "no venv could be made; on Debian and Ubuntu: apt-get install python3-venv"
+        .venv/bin/python -m pip install --quiet -r requirements.txt
+    fi
+    python=.venv/bin/python
+}
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+main "$@"
