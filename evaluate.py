@@ -37,8 +37,8 @@ def attacks_of(run, eps):
 def settings_of(run_attack):
     """All settings of an attack, those it was not given included, but for the ones that change no result."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(run_attack).parameters.items()}
-    return {name: value for name, value in defaults.items()
-            if name not in ('model', 'x', 'y', 'eps', 'seed', 'index', 'batch_size', 'best_loss') and value is not None}
+    return {name: value for name, value in defaults.items() if value not in (None, inspect.Parameter.empty)
+            and name not in ('eps', 'seed', 'batch_size', 'best_loss')}
 
 
 def wilson(errors, n, z=1.959964):
@@ -158,30 +158,28 @@ def main(argv=None):
     add('runs', nargs='*', metavar='RUN', help='run folders or checkpoints, each evaluated by itself')
     add('--ensemble', nargs='+', metavar='PATH', help='checkpoints and run folders, evaluated as one ensemble')
     add('--attacks', nargs='+', choices=list(attack.ATTACKS), default=list(attack.ATTACKS), help='default: all of Table 1')
-    add('--n-examples', type=int, help='so many test images, drawn once and for all; default: all')
+    add('--n-examples', type=record.number(int, 1), help='so many test images, drawn once and for all; default: all')
     add('--eps', type=record.budget, help='default: the budget of the run, of the paper for a checkpoint without one')
     add('--dataset', choices=data.SPLITS, help='default: that of the run; by the shape of a checkpoint without one')
-    add('--seed', type=int, default=0, help='of the attacks; default: 0')
-    add('--batch-size', type=int, default=500, help='images in the model at a time; default: 500')
-    add('--device', help='default: cuda if there is one, else cpu')
-    add('--data-dir', default='data', help='folder of mnist.npz and cifar10.npz, and for downloads; default: data')
+    add('--seed', type=record.number(int, 0), default=0, help='of the attacks; default: 0')
+    add('--batch-size', type=record.number(int, 1), default=250, help='images in the model at a time; default: 250')
+    record.add_machine_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.ensemble):
         parser.error('name either runs or --ensemble PATH...')
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     torch.backends.cudnn.deterministic = True
     for model, attacks, head, out in [plan(paths, args) for paths in ([args.ensemble] if args.ensemble else
                                                                     [[run] for run in args.runs])]:
-        _, _, x, y = data.load(head['dataset'], args.data_dir, device)
+        _, _, x, y = data.load(head['dataset'], args.data_dir, args.device)
         index = data.subset(len(x), args.n_examples)
         head |= {'n': len(index), 'n_test': len(x)}
         print(f'{out}.json: {" + ".join(head["members"])}\n{len(index)} of {len(x)} test images of {head["dataset"]}, '
               f'eps {head["eps"]:.4g}, seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
-        with record.lock(out.parent), models.precision('fp32', device):
+        with record.lock(out.parent), models.precision('fp32', args.device):
             result, right = kept(out, head)
-            session = record.describe(device)
+            session = record.describe(args.device)
             result['sessions'] += [session] * (session not in result['sessions'])
-            evaluate(model.to(device, memory_format=torch.channels_last), x[index], y[index], index,
+            evaluate(model.to(args.device, memory_format=torch.channels_last), x[index], y[index], index,
                      {key: attacks[key] for key in args.attacks}, args.seed, out, result, right, args.batch_size)
 
 

@@ -10,6 +10,7 @@ import datetime
 import fcntl
 import fractions
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -57,9 +58,10 @@ def load(path):
             return [json.loads(line) for line in path.read_text().splitlines()]
         return torch.load(path, map_location='cpu', weights_only=True)  # runs no code of a stranger's checkpoint
     except pickle.UnpicklingError:
-        raise ValueError(f'{path} is refused: it is no plain state_dict (only tensors are loaded, never code)') from None
+        raise ValueError(f'{path} is refused: it is damaged or no plain state_dict (only tensors are loaded, never code)') from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(f'{path} is truncated or damaged: {str(error).splitlines()[0]}') from None
+        reason = str(error).partition('\n')[0] or 'it ends too soon'
+        raise ValueError(f'{path} is truncated or damaged: {reason}') from None
 
 
 @contextlib.contextmanager
@@ -172,6 +174,35 @@ def budget(text):
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f'{text} is not in [0, 1], the range of a pixel; did you mean {text}/255?')
     return value
+
+
+def number(kind, least, most=math.inf):
+    """A type for argparse: an int or a float, `kind`, from `least` to `most`."""
+    def convert(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f'{text} is not at least {least}' if most == math.inf else
+                                             f'{text} is not between {least} and {most}')
+        return value
+    convert.__name__ = kind.__name__
+    return convert
+
+
+def device(text):
+    """A type for argparse: a device that this machine has, such as cpu, cuda or cuda:1."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f'{text} cannot be used here: {str(error).splitlines()[0]}') from None
+    return text
+
+
+def add_machine_flags(parser):
+    """The flags that say where to compute and where the images are; they change no result."""
+    parser.add_argument('--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu',
+                        help='default: cuda if there is one, else cpu')
+    parser.add_argument('--data-dir', default='data',
+                        help='folder of mnist.npz and cifar10.npz, and for downloads; default: data')
 
 
 def run(main):

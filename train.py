@@ -73,8 +73,7 @@ def test(net, x, y, index, c):
 
 def main(argv=None):
     args = parse(argv)
-    c, began = settings(args), time.monotonic()
-    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    c, device, began = settings(args), args.device, time.monotonic()
     folder = pathlib.Path(args.out or 'ckpts/' + '_'.join(
         [c.dataset, c.model, c.eps_sched] + ['periodic'] * (len(c.periods) > 1) + [f's{c.seed}']))
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # these two lines: a continued run is bit-identical
@@ -177,16 +176,7 @@ def settings(args):
 
 def parse(argv):
     """The command line."""
-    def number(kind, least, most=math.inf):
-        def convert(text):
-            value = kind(text)
-            if not least <= value <= most:
-                raise argparse.ArgumentTypeError(f'{text} is not ' + (f'at least {least}' if most == math.inf else
-                                                                      f'between {least} and {most}'))
-            return value
-        convert.__name__ = kind.__name__
-        return convert
-
+    number = record.number
     count, rate = number(int, 1), number(float, 0)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -220,8 +210,7 @@ def parse(argv):
     add('--seed', type=number(int, 0), default=0, help='of initialisation, data order and attacks; default: 0')
     add('--minutes', type=rate, help='stop cleanly after the epoch that passes so many minutes, to be continued later')
     add('--compile', action='store_true', help='torch.compile the network; takes a minute to begin with')
-    add('--device', help='default: cuda if there is one, else cpu')
-    add('--data-dir', default='data', help='folder of mnist.npz and cifar10.npz, and for downloads; default: data')
+    record.add_machine_flags(parser)
     add('--out', help='folder of the run; default: ckpts/DATASET_MODEL_SCHED[_periodic]_sSEED')
     return parser.parse_args(argv)
 

@@ -1,0 +1,260 @@
+import os
+import pathlib
+import pickle
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import attack
+import data
+import evaluate
+import models
+import record
+from test_train import in_a_child
+
+FEW = ['--attacks', 'pgd', 'pgd100', '--n-examples', '40']
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def copies(runs, tmp_path):
+    """Copies of the two runs, to be evaluated and spoilt."""
+    shutil.copytree(runs, tmp_path / 'ckpts')
+    return tmp_path / 'ckpts'
+
+
+@pytest.fixture
+def here(data_dir):
+    return ['--data-dir', str(data_dir)]
+
+
+def result_of(folder):
+    path, = folder.glob('evaluate*.json')
+    with np.load(path.with_suffix('.npz')) as arrays:
+        return record.load(path), dict(arrays)
+
+
+def test_all_columns_of_table_1_and_the_worst_case(copies, here, capsys, monkeypatch):
+    monkeypatch.setitem(attack.ATTACKS, 'square5k', lambda model, x, y, eps, n_queries=20, p_init=.8, **rest:
+                        attack.square(model, x, y, eps, n_queries, p_init, **rest))
+    evaluate.main([*here, str(copies / 'single'), '--n-examples', '30'])
+    result, right = result_of(copies / 'single')
+    keys = ['clean', 'pgd', 'pgd100', 'apgd100_ce', 'apgd100_dlr', 'square5k']
+    assert set(result['columns']) == {*keys, 'worst'} == set(right) - {'index'}
+    for key, column in result['columns'].items():
+        assert right[key].shape == (30,) and column['error'] == pytest.approx(1 - right[key].mean())
+        low, high = column['interval']
+        assert 0 <= low <= column['error'] <= high <= 1
+    assert np.array_equal(right['worst'], np.logical_and.reduce([right[key] for key in keys]))
+    assert all((right[key] <= right['clean']).all() for key in keys)  # wrong when clean is not robust
+    assert result['columns']['apgd100_ce']['settings'] == {'n_iter': 100, 'n_restarts': 5, 'loss': 'ce', 'rho': .75}
+    assert result['columns']['pgd']['settings'] == {'step_size': .1, 'n_iter': 2}  # those of training
+    assert (result['n'], result['n_test'], result['eps'], result['dataset']) == (30, 1000, .1, 'mnist5k')
+    text = capsys.readouterr().out
+    for part in ('30 of 1000 test images', 'APGD100-DLR', 'Square5K', 'worst case', '95 %', 'n_restarts 5', 'n_queries 20'):
+        assert part in text
+
+
+def test_the_errors_are_those_of_the_model_on_those_images(copies, here, data_dir):
+    evaluate.main([*here, str(copies / 'single'), *FEW])
+    result, right = result_of(copies / 'single')
+    model = models.build('lenet', 'mnist5k', 2)
+    model.load_state_dict(record.load(copies / 'single/period1.pt'))
+    _, _, x, y = data.load('mnist5k', data_dir)
+    index = torch.from_numpy(right['index'])
+    clean = model(x[index]).argmax(1) == y[index]
+    assert np.array_equal(right['clean'], clean.numpy())
+    attacked = attack.pgd(model, x[index], y[index], .1, .1, 2, index=index)
+    assert np.array_equal(right['pgd'], (clean & (model(attacked).argmax(1) == y[index])).numpy())
+
+
+def test_a_periodic_run_is_evaluated_as_the_ensemble_of_its_periods(copies, here):
+    evaluate.main([*here, str(copies / 'triple'), *FEW])
+    evaluate.main([*here, '--ensemble', *[str(copies / f'triple/period{i}.pt') for i in (1, 2, 3)], *FEW])
+    folder, = (pathlib.Path('evals')).iterdir()
+    assert folder.name.startswith('ensemble_')
+    one, other = result_of(copies / 'triple'), result_of(folder)
+    assert one[0]['digests'] == other[0]['digests'] and len(one[0]['digests']) == 3
+    assert all(np.array_equal(one[1][key], other[1][key]) for key in one[1])
+    evaluate.main([*here, '--ensemble', str(copies / 'triple/period3.pt'), *FEW])
+    single = next(path for path in pathlib.Path('evals').iterdir() if path.name.startswith('checkpoint_'))
+    assert not np.array_equal(result_of(single)[1]['pgd'], one[1]['pgd'])
+
+
+def test_an_ensemble_takes_runs_and_checkpoints_alike(copies, here):
+    evaluate.main([*here, '--ensemble', str(copies / 'single'), str(copies / 'triple'), str(copies / 'triple/period1.pt'), *FEW])
+    result, _ = result_of(next(pathlib.Path('evals').iterdir()))
+    assert [pathlib.Path(name).name for name in result['members']] == [
+        'period1.pt', 'period1.pt', 'period2.pt', 'period3.pt', 'period1.pt']
+
+
+def test_an_ensemble_of_equals_gives_the_row_of_the_model(copies, here):
+    path = str(copies / 'single/period1.pt')
+    evaluate.main([*here, '--ensemble', path, path, path, *FEW])
+    evaluate.main([*here, str(copies / 'single'), *FEW])
+    one, other = result_of(next(pathlib.Path('evals').iterdir()))[1], result_of(copies / 'single')[1]
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_a_released_checkpoint_without_a_run_needs_nothing_but_itself(copies, here, monkeypatch, data_dir):
+    bare = pathlib.Path('lenet_16_eps0.4_100.ckpt')
+    shutil.copy(copies / 'single/period1.pt', bare)
+    evaluate.main([*here, str(bare), '--dataset', 'mnist5k', *FEW])
+    result, right = result_of(next(pathlib.Path('evals').iterdir()))
+    assert result['eps'] == .4  # the paper's for MNIST
+    assert result['columns']['pgd']['settings'] == {'step_size': .01, 'n_iter': 50}
+
+
+def test_another_budget_is_kept_apart(copies, here):
+    for flags in ([], ['--eps', '0.05'], ['--eps', '0']):
+        evaluate.main([*here, str(copies / 'single'), *FEW, *flags])
+    found = {path.name: record.load(path) for path in (copies / 'single').glob('evaluate*.json')}
+    assert set(found) == {'evaluate_n40.json', 'evaluate_n40_eps0.05.json', 'evaluate_n40_eps0.0.json'}
+    assert found['evaluate_n40_eps0.05.json']['columns']['pgd']['settings']['step_size'] == pytest.approx(.05)
+    columns = found['evaluate_n40_eps0.0.json']['columns']
+    assert columns['pgd']['error'] == columns['clean']['error'] < found['evaluate_n40.json']['columns']['pgd']['error']
+
+
+def test_finished_attacks_are_not_run_again_and_others_are_added(copies, here, monkeypatch):
+    ran = []
+    for key, run in list(attack.ATTACKS.items()):
+        def spy(model, x, y, eps, n_iter=1, step_size=1., key=key, **rest):
+            ran.append(key)
+            return x
+        monkeypatch.setitem(attack.ATTACKS, key, spy)
+    argv = [*here, str(copies / 'single'), '--n-examples', '40', '--attacks']
+    for keys in (['pgd'], ['pgd', 'square5k'], ['pgd', 'square5k', 'pgd100'], ['square5k']):
+        evaluate.main([*argv, *keys])
+    assert ran == ['pgd', 'square5k', 'pgd100']
+
+
+@pytest.mark.parametrize('after', [False, True])
+@pytest.mark.parametrize('moment', range(6))
+def test_an_evaluation_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(copies, here, runs, moment, after):
+    argv = [*here, str(copies / 'single'), *FEW]
+
+    def act():
+        files, place = iter(range(100)), os.replace
+
+        def bomb(source, target):
+            if after:
+                place(source, target)
+            if next(files) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if not after:
+                place(source, target)
+
+        os.replace = bomb
+        evaluate.main(argv)
+
+    assert in_a_child(act) == signal.SIGKILL
+    evaluate.main(argv)
+    result, right = result_of(copies / 'single')
+    shutil.copytree(runs / 'single', 'whole')
+    evaluate.main([*here, 'whole', *FEW])
+    whole, expected = result_of(pathlib.Path('whole'))
+    assert all(np.array_equal(right[key], expected[key]) for key in expected)
+    assert {key: column['error'] for key, column in result['columns'].items()} \
+        == {key: column['error'] for key, column in whole['columns'].items()}
+
+
+def test_results_of_a_checkpoint_that_changed_are_not_taken_over(copies, here, capsys):
+    evaluate.main([*here, str(copies / 'single'), *FEW])
+    before = result_of(copies / 'single')[1]
+    shutil.copy(copies / 'triple/period1.pt', copies / 'single/period1.pt')
+    capsys.readouterr()
+    evaluate.main([*here, str(copies / 'single'), *FEW])
+    assert 'other checkpoints' in capsys.readouterr().out
+    assert not np.array_equal(before['pgd'], result_of(copies / 'single')[1]['pgd'])
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch owned',)
+
+
+@pytest.mark.parametrize('spoil, message', [
+    (lambda path: path.write_bytes(path.read_bytes()[:2000]), 'truncated'),
+    (lambda path: path.write_bytes(b''), 'truncated'),
+    (lambda path: path.write_bytes(b'not a checkpoint'), 'refused'),
+    (lambda path: path.write_bytes(pickle.dumps(Evil(), protocol=2)), 'refused'),
+    (lambda path: torch.save({'model': Evil()}, path), 'refused'),
+    (lambda path: torch.save({'model': {'fc1.weight': torch.zeros(2)}, 'epoch': 3}, path), 'no plain state_dict'),
+    (lambda path: torch.save([1, 2], path), 'no plain state_dict'),
+    (lambda path: torch.save(models.build('lenet', 'mnist', 3).state_dict(), path), 'does not fit'),
+    (lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path), 'does not fit'),
+    (lambda path: torch.save({key: value * float('nan') for key, value in models.build('lenet', 'mnist', 2).state_dict().items()},
+                             path), 'not finite'),
+    (lambda path: path.unlink(), 'not finished|does not exist')])
+@pytest.mark.parametrize('how', ['run', 'ensemble'])
+def test_a_bad_checkpoint_is_refused_by_name_and_runs_no_code(copies, here, spoil, message, how):
+    path = copies / 'single/period1.pt'
+    spoil(path)
+    target = [str(copies / 'single')] if how == 'run' else ['--ensemble', str(copies / 'triple'), str(path)]
+    with pytest.raises(ValueError, match=f'single.*({message})'):
+        evaluate.main([*here, *target, *FEW])
+    assert not pathlib.Path('owned').exists() and not list(copies.glob('*/evaluate*')) and not pathlib.Path('evals').exists()
+
+
+def test_members_of_different_datasets_are_refused_by_name(copies, here):
+    torch.save(models.build('resnet18', 'cifar10', 1).state_dict(), 'color.ckpt')
+    with pytest.raises(ValueError, match='color.ckpt of cifar10, .*single.* of mnist5k'):
+        evaluate.main([*here, '--ensemble', str(copies / 'single'), 'color.ckpt', *FEW])
+    with pytest.raises(ValueError, match='color.ckpt .* not of mnist5k'):
+        evaluate.main([*here, 'color.ckpt', '--dataset', 'mnist5k', *FEW])
+
+
+def test_members_of_different_budgets_need_a_word(copies, here):
+    config = record.load(copies / 'triple/config.json')
+    record.save(copies / 'triple/config.json', config | {'eps': .2})
+    with pytest.raises(ValueError, match='--eps'):
+        evaluate.main([*here, '--ensemble', str(copies / 'single'), str(copies / 'triple'), *FEW])
+    evaluate.main([*here, '--ensemble', str(copies / 'single'), str(copies / 'triple'), *FEW, '--eps', '0.1'])
+
+
+@pytest.mark.parametrize('path, message', [('nowhere', 'nowhere does not exist'), ('empty', 'empty is no run')])
+def test_a_path_that_is_no_run_is_refused_by_name(here, path, message):
+    pathlib.Path('empty').mkdir()
+    with pytest.raises(ValueError, match=message):
+        evaluate.main([*here, path])
+
+
+def test_an_unfinished_run_is_refused_with_the_way_out(copies, here):
+    shutil.copy(copies / 'triple/period3.pt', copies / 'triple/last.pt')
+    with pytest.raises(ValueError, match='triple is not finished; continue it'):
+        evaluate.main([*here, str(copies / 'triple')])
+
+
+@pytest.mark.parametrize('flags, message', [
+    ([], 'name either'), (['--n-examples', '0', 'x'], '0'), (['--attacks', 'fgsm', 'x'], 'fgsm'), (['x', '--ensemble', 'y'], 'name either'),
+    (['x', '--eps', '8'], '8/255'), (['x', '--batch-size', '0'], '0')])
+def test_bad_flags_are_refused_with_their_value(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_more_examples_than_there_are_is_refused(copies, here):
+    with pytest.raises(ValueError, match='1001 of 1000'):
+        evaluate.main([*here, str(copies / 'single'), '--n-examples', '1001'])
+
+
+def test_the_interval_is_wilsons():
+    # worked by hand for 1 of 10: (0.1 + 0.19207 +- 1.96 * sqrt(0.009 + 0.009604)) / 1.38415
+    assert evaluate.wilson(1, 10) == pytest.approx([.01788, .40416], abs=2e-4)
+    assert evaluate.wilson(0, 100)[0] == pytest.approx(0, abs=1e-12) and evaluate.wilson(0, 100)[1] > .03
+
+
+def test_evaluation_computes_in_float32(copies, here, monkeypatch):
+    seen = []
+    monkeypatch.setitem(attack.ATTACKS, 'pgd', lambda model, x, y, eps, step_size, n_iter, **rest: seen.append(
+        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, model(x).dtype)) or x)
+    evaluate.main([*here, str(copies / 'single'), '--attacks', 'pgd', '--n-examples', '10'])
+    assert seen == [('highest', False, torch.float32)]

@@ -1,0 +1,33 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parents[1]
+
+
+def run_all(*flags, **environment):
+    return subprocess.run(['bash', str(HERE / 'run_all.sh'), *flags], env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_a_missing_python_is_a_clear_error():
+    done = run_all('--quick', PYTHON='/nowhere/python3')
+    assert done.returncode == 1 and '/nowhere/python3 is not installed' in done.stderr
+
+
+def test_a_python_that_is_too_old_is_a_clear_error(tmp_path):
+    old = tmp_path / 'python3'
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.20\nexit 1\n')
+    old.chmod(0o755)
+    done = run_all('--test', PYTHON=str(old))
+    assert done.returncode == 1 and 'Python 3.8.20 is too old' in done.stderr and '3.10' in done.stderr
+
+
+def test_an_unknown_word_is_named_with_the_usage():
+    done = run_all('--fast')
+    assert done.returncode == 1 and "'--fast'" in done.stderr and '--quick' in done.stdout
+
+
+def test_the_full_table_is_not_begun_without_a_gpu_unasked():
+    done = run_all(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES='')
+    assert done.returncode == 1 and '--quick' in done.stderr and '--cpu' in done.stderr
