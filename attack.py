@@ -1,12 +1,14 @@
 """Everything that perturbs an input: PGD, APGD and Square, l_inf, from scratch.
 
-An attack is a pure function (model, x, y, eps, ...) -> x_adv of images x in [0, 1], (N, C, H, W), and labels
-y, (N,). It maximises a loss over the box {x_adv : |x_adv - x| <= eps, 0 <= x_adv <= 1}; eps and step sizes are
-in the unit of x. The model runs in eval mode with frozen parameters and is left as it was found, whatever
-happens. Any N will do: `batch_size` images pass through the model at a time.
+An attack is a pure function (model, x, y, eps, ...) -> x_adv of images x in [0, 1], (N, C, H, W),
+and labels y, (N,). It maximises a loss over the box {x_adv : |x_adv - x| <= eps, 0 <= x_adv <= 1};
+eps and step sizes are in the unit of x. The model runs in eval mode with frozen parameters and is
+left as it was found, whatever happens. Any N will do: `batch_size` images pass through the model at
+a time.
 
-The random numbers of an image depend on `seed` and on its entry in `index` (its position in x unless
-given) and on nothing else: not on the batch size, the order, the device or the fate of other images.
+The random numbers of an image depend on `seed` and on its entry in `index` (its position in x
+unless given) and on nothing else: not on the batch size, the order, the device or the fate of other
+images.
 
 All raise ValueError for images outside [0, 1], eps < 0, counts < 1 and logits that are nan.
 """
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 
 @contextlib.contextmanager
 def frozen(model):
-    """Inside, `model` is in eval mode and its parameters need no gradient; after, all is as it was."""
+    """Inside, `model` is in eval mode, its parameters need no gradient; after, all is as it was."""
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -36,7 +38,7 @@ def frozen(model):
 
 
 def attack(run):
-    """Makes `run` an attack as described above: checks the arguments and freezes the model around it."""
+    """Makes `run` an attack as defined above: checks arguments and freezes the model around it."""
     signature = inspect.signature(run)
 
     @functools.wraps(run)
@@ -56,14 +58,16 @@ def attack(run):
             return x.clone()
         low, high = (bound.item() for bound in x.aminmax())
         if not 0 <= low <= high <= 1:
-            raise ValueError(f'{run.__name__}: images must lie in [0, 1], got values from {low:.6g} to {high:.6g}')
+            raise ValueError(f'{run.__name__}: images must lie in [0, 1], '
+                             f'got values from {low:.6g} to {high:.6g}')
         if eps == 0:
             return x.clone()
         if not a.get('step_size', 1) > 0:
             raise ValueError(f'{run.__name__}: step_size must be above 0, got {a["step_size"]}')
         a['index'] = torch.arange(len(x)) if a['index'] is None else a['index']
         if len(a['index']) != len(x):
-            raise ValueError(f'{run.__name__}: {len(x)} images but {len(a["index"])} entries of index')
+            raise ValueError(f'{run.__name__}: {len(x)} images '
+                             f'but {len(a["index"])} entries of index')
         a['index'] = a['index'].to(x.device)
         with frozen(a['model']), torch.no_grad():
             return run(*call.args, **call.kwargs)
@@ -72,17 +76,18 @@ def attack(run):
 
 @attack
 def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, batch_size=250):
-    """Projected gradient ascent on the cross-entropy (Madry et al. 2018): the last of `n_iter` signed steps.
+    """Projected gradient ascent on the cross-entropy (Madry et al. 2018).
 
-    It starts uniformly in +-`start` (step_size unless given, as the paper's code does; eps is the other
-    usual choice) around x.
+    It starts uniformly in +-`start` (step_size unless given, as the paper's code does; eps is the
+    other usual choice) around x and returns the last of `n_iter` signed steps.
     """
     width, total, x_adv = step_size if start is None else start, x.new_zeros(()), x.clone()
     for i in range(0, len(x), batch_size):
         rows = slice(i, i + batch_size)
         z = x_adv[rows]  # a view: steps in place are steps of x_adv
         low, high = box(x[rows], eps)
-        z.add_(uniform(seed, index[rows], x.shape[1:], x).mul_(2).sub_(1), alpha=width).clamp_(low, high)
+        noise = uniform(seed, index[rows], x.shape[1:], x).mul_(2).sub_(1)
+        z.add_(noise, alpha=width).clamp_(low, high)
         for _ in range(n_iter):
             loss, _, grad = loss_and_gradient(model, z, y[rows], cross_entropy)
             z.add_(grad.sign_(), alpha=step_size).clamp_(low, high)
@@ -94,29 +99,32 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
 @attack
 def apgd(model, x, y, eps, n_iter=100, n_restarts=1, loss='ce', *, rho=.75, best_loss=False,
          seed=0, index=None, batch_size=250):
-    """Auto-PGD (Croce & Hein 2020): momentum, and a step size that halves where the loss stops rising.
+    """Auto-PGD (Croce & Hein 2020): momentum, and a step size halved where the loss stops rising.
 
-    `loss` is 'ce' or 'dlr'. Returns each image's first misclassified point or else its point of highest loss:
-    images misclassified from the start stay as they are, a misclassified point ends the search for its image,
-    and a restart is spent only on images that still stand. With best_loss=True all images run to the end of all
-    restarts and the point of highest loss is returned: the maximum inside L_eps as APGD sees it.
+    `loss` is 'ce' or 'dlr'. Returns each image's first misclassified point or else its point of
+    highest loss: images misclassified from the start stay as they are, a misclassified point ends
+    the search for its image, and a restart is spent only on images that still stand. With
+    best_loss=True all images run to the end of all restarts and the point of highest loss is
+    returned: the maximum inside L_eps as APGD sees it.
     """
     if loss not in LOSSES:
         raise ValueError(f'apgd: loss must be one of {", ".join(LOSSES)}, got {loss!r}')
-    x_adv, best = x.clone(), x.new_full((len(x),), -math.inf)  # a misclassified point counts as an infinite loss
+    # a misclassified point counts as an infinite loss
+    x_adv, best = x.clone(), x.new_full((len(x),), -math.inf)
     if not best_loss:
         best[~correct(model, x, y, batch_size)] = math.inf
     for restart in range(n_restarts):
         for rows in (best < math.inf).nonzero().squeeze(1).split(batch_size):
             noise = uniform(seed, index[rows], x.shape[1:], x, stream=restart)
-            x_run, best_run = _apgd_run(model, x[rows], y[rows], eps, n_iter, LOSSES[loss], rho, best_loss, noise)
+            x_run, best_run = _apgd_run(model, x[rows], y[rows], eps, n_iter, LOSSES[loss], rho,
+                                        best_loss, noise)
             better = best_run > best[rows]
             x_adv[rows[better]], best[rows[better]] = x_run[better], best_run[better]
     return x_adv
 
 
 def _apgd_run(model, x, y, eps, n_iter, criterion, rho, best_loss, noise):
-    """One run of APGD from a start drawn with `noise` in [0, 1): the best points and their losses."""
+    """One run of APGD from a start drawn with `noise` in [0, 1): best points and their losses."""
     def measure(x_adv, y):
         loss, logits, grad = loss_and_gradient(model, x_adv, y, criterion)
         total.add_(loss.sum())
@@ -128,9 +136,10 @@ def _apgd_run(model, x, y, eps, n_iter, criterion, rho, best_loss, noise):
     x_adv = torch.clamp(x + eps * noise / noise.abs().amax((1, 2, 3), keepdim=True), low, high)
     loss, grad = measure(x_adv, y)
     s = SimpleNamespace(  # the state of each image
-        rows=torch.arange(len(x), device=x.device), y=y, low=low, high=high, x_adv=x_adv, x_prev=x_adv, loss=loss,
-        grad=grad, x_best=x_adv, loss_best=loss, grad_best=grad, eta=torch.full_like(loss, 2 * eps),
-        rises=torch.zeros_like(loss), loss_mark=loss, halved=torch.ones_like(loss, dtype=torch.bool))
+        rows=torch.arange(len(x), device=x.device), y=y, low=low, high=high, x_adv=x_adv,
+        x_prev=x_adv, loss=loss, grad=grad, x_best=x_adv, loss_best=loss, grad_best=grad,
+        eta=torch.full_like(loss, 2 * eps), rises=torch.zeros_like(loss), loss_mark=loss,
+        halved=torch.ones_like(loss, dtype=torch.bool))
     x_out, loss_out, mark = x_adv.clone(), loss.clone(), 0
     for k in range(1, n_iter + 1):
         if k % 4 == 1 and not best_loss:  # images that are done leave the batch
@@ -163,7 +172,7 @@ def _apgd_run(model, x, y, eps, n_iter, criterion, rho, best_loss, noise):
 
 @functools.cache
 def apgd_checkpoints(n_iter):
-    """The iterations w_j = ceil(p_j N) at which APGD may halve its step; 22 41 57 70 80 87 93 99 for N = 100."""
+    """Iterations ceil(p_j N) where APGD may halve its step; 22 41 57 70 80 87 93 99 for N = 100."""
     p, step, checkpoints = 22, 22, []  # p_j in hundredths, so that ceil sees no rounding error
     while p <= 100:
         checkpoints.append(-(-p * n_iter // 100))
@@ -176,9 +185,10 @@ def apgd_checkpoints(n_iter):
 def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, batch_size=250):
     """Square attack (Andriushchenko et al. 2019): random search with squares, needing no gradient.
 
-    It starts from vertical stripes of +-eps (the first query). Each further query sets a window, at a random
-    place and of a size that shrinks on a schedule (`square_side`), to +-eps in each channel, and is kept if the
-    margin falls. An image misclassified from the start stays as it is; one whose margin reaches 0 is done.
+    It starts from vertical stripes of +-eps (the first query). Each further query sets a window, at
+    a random place and of a size that shrinks on a schedule (`square_side`), to +-eps in each
+    channel, and is kept if the margin falls. An image misclassified from the start stays as it is;
+    one whose margin reaches 0 is done.
     """
     if not 0 < p_init <= 1:
         raise ValueError(f'square: p_init must be above 0 and at most 1, got {p_init}')
@@ -194,13 +204,16 @@ def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, b
         standing = (margins > 0).nonzero().squeeze(1)
         if len(standing) == 0:
             break
-        block = range(query + 1, min(query + 20, n_queries) + 1)  # the images that are done leave between blocks
+        # the images that are done leave between blocks
+        block = range(query + 1, min(query + 20, n_queries) + 1)
         for rows in standing.split(batch_size):
             x_rows, margin_rows, corners = x_adv[rows], margins[rows], box(x[rows], eps)
-            draws = uniform(seed, index[rows], (2 + channels,), x, stream=torch.tensor(block, device=x.device)[:, None])
+            draws = uniform(seed, index[rows], (2 + channels,), x,
+                            stream=torch.tensor(block, device=x.device)[:, None])
             for query, u in zip(block, draws):
                 side = square_side(query, p_init, height, width)
-                window = (inside(u[:, 0], side, height)[:, None, :, None] & inside(u[:, 1], side, width)[:, None, None])
+                window = (inside(u[:, 0], side, height)[:, None, :, None]
+                          & inside(u[:, 1], side, width)[:, None, None])
                 signed = torch.where(per_image(u[:, 2:] < .5), *corners)
                 x_new = torch.where(window, signed, x_rows)
                 margin_new = margin(model(x_new), y[rows])
@@ -214,13 +227,13 @@ def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, b
 
 
 def square_side(query, p_init, height, width):
-    """Side of Square's window at its `query`-th query: sqrt(p h w), p halved after queries 10, 50, 200, ..."""
+    """Side of Square's window at `query`: sqrt(p h w), p halved after queries 10, 50, 200, ..."""
     halvings = sum(query > q for q in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     return min(max(round(math.sqrt(p_init / 2 ** halvings * height * width)), 1), height, width)
 
 
 def inside(u, side, size):
-    """(N, size) mask of the `side` places from a start uniform in 0..size - side; u in [0, 1), (N,)."""
+    """(N, size) mask of `side` places from a start uniform in 0..size - side; u in [0, 1), (N,)."""
     place = torch.arange(size, device=u.device) - (u * (size - side + 1)).long()[:, None]
     return (place >= 0) & (place < side)
 
@@ -247,12 +260,12 @@ def predict(model, x, batch_size=250):
 
 
 def correct(model, x, y, batch_size=250):
-    """Whether the model predicts y: (N,) bool. 1 - its mean is the clean error, or the robust error for x_adv."""
+    """Whether the model predicts y: (N,) bool. 1 - its mean is the clean (x_adv: robust) error."""
     return predict(model, x, batch_size) == y
 
 
 def loss_and_gradient(model, x, y, criterion):
-    """Losses, (N,), logits and the gradient of each image's loss with respect to that image; nothing else."""
+    """Losses, (N,), logits and gradient of each loss with respect to its image; nothing else."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(x)
@@ -273,7 +286,8 @@ def margin(logits, y):
 
 
 def dlr(logits, y):
-    """Difference of logits ratio, -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), (N,) (Croce & Hein 2020).
+    """Difference of logits ratio, -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), (N,)
+    (Croce & Hein 2020).
 
     It needs at least 3 classes and is invariant to shifts and positive scalings of the logits.
     """
@@ -287,7 +301,7 @@ LOSSES = {'ce': cross_entropy, 'dlr': dlr}
 
 
 def box(x, eps):
-    """Corners of the l_inf ball of radius eps around x, cut to the pixel range: one box, so one clamp projects."""
+    """Corners of the l_inf eps-ball around x, cut to [0, 1]: one box, so one clamp projects."""
     return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
 
 
@@ -305,9 +319,9 @@ def refuse_nan(total):
 def uniform(seed, index, shape, like, stream=0):
     """Uniform numbers in [0, 1), (*index.shape, *shape), in the dtype and on the device of `like`.
 
-    Counter-based (Salmon et al. 2011): the numbers of an image are a pure function of seed, its index and stream (the
-    two may broadcast), so they are the same in any batch, order and device. They are those of SplitMix64 (Steele et al.
-    2014), seeded by the three.
+    Counter-based (Salmon et al. 2011): the numbers of an image are a pure function of seed, its
+    index and stream (the two may broadcast), so they are the same in any batch, order and device.
+    They are those of SplitMix64 (Steele et al. 2014), seeded by the three.
     """
     key = torch.tensor(seed % 2 ** 63, device=like.device)
     for word in index, stream:
@@ -318,7 +332,7 @@ def uniform(seed, index, shape, like, stream=0):
 
 
 def splitmix64(z):
-    """SplitMix64's output function on int64 words; products wrap, and shifts are made logical by the masks."""
+    """SplitMix64's output function on int64 words; products wrap, and masks make shifts logical."""
     z = (z ^ (z >> 30) & (1 << 34) - 1) * -0x40A7B892E31B1A47
     z = (z ^ (z >> 27) & (1 << 37) - 1) * -0x6B2FB644ECCEEE15
     return z ^ (z >> 31) & (1 << 33) - 1

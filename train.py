@@ -1,8 +1,9 @@
 """Adversarial training under a scheduled budget; an interrupted run goes on where it stopped.
 
-`python train.py --dataset cifar10 --eps-sched linear --periodic` is a row of the paper's Table 1: the defaults are the
-paper's for the dataset. The same command continues an interrupted run and ends bit-identical to an uninterrupted one,
-for every random number is a function of seed, epoch and batch. Budgets are fractions of the pixel range: 8/255 or 0.4.
+`python train.py --dataset cifar10 --eps-sched linear --periodic` is a row of the paper's Table 1:
+the defaults are the paper's for the dataset. The same command continues an interrupted run and ends
+bit-identical to an uninterrupted one: every random number is a function of seed, epoch and batch.
+Budgets are typed as fractions of the pixel range, 8/255 or 0.4.
 """
 import argparse
 import math
@@ -25,7 +26,7 @@ import schedule
 def train_epoch(net, optimizer, x, y, c, epoch, bar):
     """One epoch of min_theta max_{x'} loss (Eq. 1) on images x and labels y under the settings c.
 
-    Returns progress t, eps and lr of its last batch, and the mean loss and error on the adversarial examples.
+    Returns t, eps and lr of its last batch; the mean loss and error on the adversarial examples.
     """
     net.train()
     loss_sum, errors, seen, n_batches = 0., 0, 0, math.ceil(len(x) / c.batch_size)
@@ -38,9 +39,10 @@ def train_epoch(net, optimizer, x, y, c, epoch, bar):
             group['lr'] = lr
         with models.precision(c.precision, x.device):
             if eps >= 1e-6:  # below is clean training, as in the paper's code
-                x_batch = attack.pgd(net, x_batch, y_batch, eps, c.step_size * eps / c.eps, c.n_iter,
-                                     start=eps if c.start == 'eps' else None,
-                                     seed=(c.seed << 40) + (epoch << 20) + i, batch_size=len(x_batch))
+                x_batch = attack.pgd(
+                    net, x_batch, y_batch, eps, c.step_size * eps / c.eps, c.n_iter,
+                    start=eps if c.start == 'eps' else None,
+                    seed=(c.seed << 40) + (epoch << 20) + i, batch_size=len(x_batch))
             logits = net(x_batch)
             loss = F.cross_entropy(logits, y_batch)
         if not loss.isfinite():
@@ -52,31 +54,33 @@ def train_epoch(net, optimizer, x, y, c, epoch, bar):
         errors += (logits.argmax(1) != y_batch).sum()
         seen += len(y_batch)
         if not bar.disable:
-            bar.set_postfix_str(f'eps {eps:.4f}, lr {lr:.2g}, loss {loss_sum / seen:.3f}, robust error {errors / seen:.1%}',
-                                refresh=False)
+            bar.set_postfix_str(f'eps {eps:.4f}, lr {lr:.2g}, loss {loss_sum / seen:.3f}, '
+                                f'robust error {errors / seen:.1%}', refresh=False)
         bar.update(len(y_batch))
-    return {'t': t, 'eps': eps, 'lr': lr, 'loss': loss_sum.item() / len(x), 'train_robust_error': errors.item() / len(x)}
+    return {'t': t, 'eps': eps, 'lr': lr, 'loss': loss_sum.item() / len(x),
+            'train_robust_error': errors.item() / len(x)}
 
 
-def test(net, x, y, index, c):
-    """Clean and robust error of `net` at the *target* eps, reported and never used to select; in float32."""
+def test(model, x, y, index, c):
+    """Clean and robust error at the *target* eps, in float32: reported, never used to select."""
     if len(x) == 0:
         return {'clean_error': None, 'robust_error': None, 'predicted_classes': None}
     with models.precision('fp32', x.device):
-        predicted = attack.predict(net, x)
-        x_adv = attack.pgd(net, x, y, c.eps, c.step_size, c.n_iter, index=index)
+        predicted = attack.predict(model, x)
+        x_adv = attack.pgd(model, x, y, c.eps, c.step_size, c.n_iter, index=index)
         wrong = predicted != y
-        fooled = wrong | ~attack.correct(net, x_adv, y)
-    return {'clean_error': wrong.sum().item() / len(y), 'robust_error': fooled.sum().item() / len(y),
+        fooled = wrong | ~attack.correct(model, x_adv, y)
+    return {'clean_error': wrong.sum().item() / len(y),
+            'robust_error': fooled.sum().item() / len(y),
             'predicted_classes': len(predicted.unique())}
 
 
 def main(argv=None):
-    args = parse(argv)
-    c, device, began = settings(args), args.device, time.monotonic()
-    folder = pathlib.Path(args.out or 'ckpts/' + '_'.join(
-        [c.dataset, c.model, c.eps_sched] + ['periodic'] * (len(c.periods) > 1) + [f's{c.seed}']))
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # these two lines: a continued run is bit-identical
+    args, began = parse(argv), time.monotonic()
+    c, device = settings(args), args.device
+    name = [c.dataset, c.model, c.eps_sched] + ['periodic'] * (len(c.periods) > 1) + [f's{c.seed}']
+    folder = pathlib.Path(args.out or 'ckpts/' + '_'.join(name))
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # a continued run is bit-identical
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     x, y, x_test, y_test = data.load(c.dataset, args.data_dir, device)
     if c.n_train:
@@ -85,12 +89,15 @@ def main(argv=None):
     index = data.subset(len(x_test), c.n_eval)
     x_test, y_test = x_test[index], y_test[index]
     torch.manual_seed(c.seed)
-    model = models.build(c.model, c.dataset, c.width).to(device, memory_format=torch.channels_last)
+    model = models.build(c.model, c.dataset, c.width)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer = OPTIMIZERS[c.optimizer](model.parameters(), c)
+    ends = [sum(c.periods[:i + 1]) for i in range(len(c.periods))]
     with record.lock(folder):
         state = record.start(folder, vars(c), device)
         if record.finished(folder):
-            print(f'{folder} is finished, all {c.epochs} epochs: nothing to do. Next: python evaluate.py {folder}')
+            print(f'{folder} is finished, all {c.epochs} epochs: nothing to do. '
+                  f'Next: python evaluate.py {folder}')
             return
         log = []
         if state:
@@ -98,56 +105,71 @@ def main(argv=None):
             optimizer.load_state_dict(state['optimizer'])
             log = state['log']
         print(f'{folder}: {len(x)} images of {c.dataset} on {device}, {c.model} of width {c.width} '
-              f'({sum(p.numel() for p in model.parameters()):,} parameters), eps {c.eps:.4g} {c.eps_sched}, '
-              f'epochs {" + ".join(map(str, c.periods))}' + (f', going on after epoch {len(log)}' if log else ''))
+              f'({sum(p.numel() for p in model.parameters()):,} parameters), eps {c.eps:.4g} '
+              f'{c.eps_sched}, epochs {" + ".join(map(str, c.periods))}'
+              + (f', going on after epoch {len(log)}' if log else ''))
         net = torch.compile(model) if args.compile else model
-        ends = [sum(c.periods[:i + 1]) for i in range(len(c.periods))]
-        with tqdm(total=c.epochs * len(x), initial=len(log) * len(x), unit=' images', unit_scale=True, disable=None) as bar:
-            for epoch in range(len(log), c.epochs):
-                start = time.monotonic()
+        with tqdm(total=c.epochs * len(x), initial=len(log) * len(x), unit=' images',
+                  unit_scale=True, disable=None) as bar:
+            while len(log) < c.epochs:
+                epoch, start = len(log), time.monotonic()
                 try:
-                    row = {'epoch': epoch + 1} | train_epoch(net, optimizer, x, y, c, epoch, bar) \
-                        | test(net, x_test, y_test, index, c)
+                    row = train_epoch(net, optimizer, x, y, c, epoch, bar)
+                    row |= test(model, x_test, y_test, index, c)
                 except ValueError as error:
-                    raise ValueError(f'{folder}, epoch {epoch + 1}: {error}. The {epoch} epochs before are kept. Try a '
-                                     f'smaller --lr than {c.lr:g} or a warm-up, in a new folder (--out)') from None
-                log.append(row | {'seconds': round(time.monotonic() - start, 2)})
+                    raise ValueError(
+                        f'{folder}, epoch {epoch + 1}: {error}. The {epoch} epochs before are '
+                        f'kept. Try a smaller --lr than {c.lr:g} or a warm-up, with a new --out'
+                    ) from None
+                except RuntimeError as error:
+                    if not args.compile:
+                        raise
+                    reason = str(error).partition('\n')[0]
+                    raise ValueError(f'--compile failed: {reason}. The same command without it '
+                                     'goes on') from None
+                seconds = round(time.monotonic() - start, 2)
+                log.append({'epoch': epoch + 1} | row | {'seconds': seconds})
                 bar.write(line(log[-1], c))
                 record.save(folder / 'log.jsonl', log)
-                if epoch + 1 in ends:
-                    record.save(folder / f'period{ends.index(epoch + 1) + 1}.pt', model.state_dict())
-                if epoch + 1 == c.epochs:
+                if len(log) in ends:
+                    record.save(folder / f'period{ends.index(len(log)) + 1}.pt', model.state_dict())
+                if len(log) == c.epochs:  # the run is complete the moment last.pt is gone
                     (folder / 'last.pt').unlink(missing_ok=True)
                     break
-                record.save(folder / 'last.pt', {'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'log': log})
+                record.save(folder / 'last.pt', {
+                    'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'log': log})
                 if args.minutes and time.monotonic() - began > 60 * args.minutes:
                     break
-    if epoch + 1 < c.epochs:
-        print(f'{folder}: stopped after epoch {epoch + 1} of {c.epochs} for --minutes {args.minutes:g}; the same command goes on')
+    if len(log) < c.epochs:
+        print(f'{folder}: stopped after epoch {len(log)} of {c.epochs} for --minutes '
+              f'{args.minutes:g}; the same command goes on')
     else:
         print(f'{folder} is finished. Next: python evaluate.py {folder}')
 
 
 def line(row, c):
     """One epoch of the log, for people."""
-    text = (f'epoch {row["epoch"]}/{c.epochs}  eps {row["eps"]:.4f}  lr {row["lr"]:.2g}  loss {row["loss"]:.4f}  '
-            f'robust error: train {row["train_robust_error"]:.1%}')
+    text = (f'epoch {row["epoch"]}/{c.epochs}  eps {row["eps"]:.4f}  lr {row["lr"]:.2g}  '
+            f'loss {row["loss"]:.4f}  robust error: train {row["train_robust_error"]:.1%}')
     if row['robust_error'] is not None:
         text += f', test {row["robust_error"]:.1%}  clean error {row["clean_error"]:.1%}'
     text += f'  {row["seconds"]:.0f} s'
     if row['predicted_classes'] == 1:
-        text += '\n  collapsed: a constant classifier, it predicts one class for every test image (section 3.1 of the paper)'
+        text += ('\n  collapsed: a constant classifier, one class for every test image '
+                 '(sections 3.1 and 4.1 of the paper)')
     return text
 
 
 OPTIMIZERS = {
-    'adam': lambda parameters, c: torch.optim.Adam(parameters, c.lr, weight_decay=c.weight_decay),
-    'sgd': lambda parameters, c: torch.optim.SGD(parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay),
+    'adam': lambda parameters, c: torch.optim.Adam(
+        parameters, c.lr, weight_decay=c.weight_decay),
+    'sgd': lambda parameters, c: torch.optim.SGD(
+        parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay),
 }
 
 
 def settings(args):
-    """The settings of the run that `args` ask for: the paper's for the dataset where they are silent (a namespace)."""
+    """The settings of the run that `args` ask for, the paper's where they are silent."""
     def given(name, default):
         return default if getattr(args, name) is None else getattr(args, name)
 
@@ -155,8 +177,8 @@ def settings(args):
     model = given('model', paper['model'])
     if args.periods:
         if args.periodic or args.epochs not in (None, sum(args.periods)):
-            raise ValueError(f'--periods {" ".join(map(str, args.periods))} says all about the epochs; '
-                             'leave out --periodic and --epochs')
+            raise ValueError(f'--periods {" ".join(map(str, args.periods))} says all about the '
+                             'epochs; leave out --periodic and --epochs')
         periods = args.periods
     else:
         epochs = given('epochs', paper['epochs'])
@@ -164,54 +186,73 @@ def settings(args):
     if paper['eps'] > 0 and args.step_size == 0:
         raise ValueError('--step-size must be above 0')
     eps_max = paper['eps'] if args.eps_sched == 'constant' else paper['eps_max'][args.eps_sched]
+    of_the_paper = {name: given(name, paper[name]) for name in (
+        'batch_size', 'optimizer', 'lr', 'lr_sched', 'momentum', 'weight_decay', 'augment',
+        'step_size', 'n_iter')}
     return SimpleNamespace(
         dataset=args.dataset, model=model, width=given('width', {'lenet': 16}.get(model, 8)),
-        eps=paper['eps'], eps_sched=args.eps_sched, eps_min=args.eps_min, eps_max=given('eps_max', eps_max),
-        epochs=sum(periods), periods=periods, clock=args.clock,
-        **{name: given(name, paper[name]) for name in ('batch_size', 'optimizer', 'lr', 'lr_sched', 'momentum',
-                                                       'weight_decay', 'augment', 'step_size', 'n_iter')},
-        lr_warmup=args.lr_warmup, start=args.start, n_train=args.n_train, n_eval=args.n_eval, precision=args.precision,
-        seed=args.seed)
+        eps=paper['eps'], eps_sched=args.eps_sched, eps_min=args.eps_min,
+        eps_max=given('eps_max', eps_max), epochs=sum(periods), periods=periods, clock=args.clock,
+        **of_the_paper, lr_warmup=args.lr_warmup, start=args.start, n_train=args.n_train,
+        n_eval=args.n_eval, precision=args.precision, seed=args.seed)
 
 
 def parse(argv):
     """The command line."""
-    number = record.number
-    count, rate = number(int, 1), number(float, 0)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    number, budget = record.number, record.budget
+    count, rate, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--dataset', choices=data.SPLITS, default='mnist5k', help='default: mnist5k, which needs no download')
+    add('--dataset', choices=data.SPLITS, default='mnist5k',
+        help='default: mnist5k, which needs no download')
     add('--model', choices=models.MODELS, help='default: lenet for MNIST, resnet18 for CIFAR10')
-    add('--width', type=number(int, 1), help='width factor of the model; default: 16 for lenet, 8 for vgg and resnet18')
-    add('--eps', type=record.budget, help='target budget; default: 0.4 for MNIST, 8/255 for CIFAR10')
-    add('--eps-sched', choices=schedule.EPS_SCHEDS, default='constant', help='budget over a period (Eq. 5); default: constant')
-    add('--eps-min', type=float, default=0., help='where linear and cosine begin, clipped to [0, eps]; default: 0')
-    add('--eps-max', type=float, help='where they would end, clipped likewise; default: 2 eps, but 1.5 eps for cosine on MNIST')
+    add('--width', type=count,
+        help='width factor of the model; default: 16 for lenet, 8 for vgg and resnet18')
+    add('--eps', type=budget, help='target budget; default: 0.4 for MNIST, 8/255 for CIFAR10')
+    add('--eps-sched', choices=schedule.EPS_SCHEDS, default='constant',
+        help='budget over a period (Eq. 5); default: constant')
+    add('--eps-min', type=float, default=0.,
+        help='where linear and cosine begin, clipped to [0, eps]; default: 0')
+    add('--eps-max', type=float, help='where they would end, clipped likewise; default: 2 eps, '
+        'but 1.5 eps for cosine on MNIST')
     add('--epochs', type=count, help='default: 100 for MNIST, 200 for CIFAR10')
-    add('--periodic', action='store_true', help="the paper's three periods: 1/2, 1/4 and 1/4 of the epochs")
-    add('--periods', type=count, nargs='+', metavar='EPOCHS', help='the lengths of the periods outright: 100 50 50')
-    add('--clock', choices=('epoch', 'batch'), default='epoch', help='how often lr and eps move; default: epoch')
+    add('--periodic', action='store_true',
+        help="the paper's three periods: 1/2, 1/4 and 1/4 of the epochs")
+    add('--periods', type=count, nargs='+', metavar='EPOCHS',
+        help='the lengths of the periods outright: 100 50 50')
+    add('--clock', choices=('epoch', 'batch'), default='epoch',
+        help='how often lr and eps move; default: epoch')
     add('--batch-size', type=count, help='default: 128')
     add('--optimizer', choices=OPTIMIZERS, help='default: adam for MNIST, sgd for CIFAR10')
     add('--lr', type=rate, help='learning rate; default: 1e-4 for MNIST, 0.1 for CIFAR10')
-    add('--lr-sched', choices=schedule.LR_SCHEDS, help='over a period; default: constant for MNIST, step for CIFAR10')
-    add('--lr-warmup', type=number(float, 0, 1), default=0., help='share of a period in which lr rises from 0; default: 0')
-    add('--momentum', type=number(float, 0, 1), help='of sgd; default: 0.9')
+    add('--lr-sched', choices=schedule.LR_SCHEDS,
+        help='learning rate over a period; default: constant for MNIST, step for CIFAR10')
+    add('--lr-warmup', type=share, default=0.,
+        help='share of a period in which lr rises from 0, best with --clock batch; default: 0')
+    add('--momentum', type=share, help='of sgd; default: 0.9')
     add('--weight-decay', type=rate, help='default: 0 for MNIST, 1e-3 for CIFAR10')
-    add('--step-size', type=record.budget, help='of PGD at the target budget, scaled with it; default: 0.01 for MNIST, '
-        'eps/4 for CIFAR10')
-    add('--n-iter', type=count, help='iterations of PGD; default: eps/0.01 + 10 for MNIST, 10 for CIFAR10')
-    add('--start', choices=('step', 'eps'), default='step', help='PGD starts within +-step-size or +-eps; default: step')
-    add('--augment', action=argparse.BooleanOptionalAction, help='random crop and flip; default: for CIFAR10 only')
-    add('--n-train', type=count, help='train on that many of the images; default: all')
-    add('--n-eval', type=number(int, 0), default=1000, help='test images for the errors of each epoch; default: 1000')
-    add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32', help='of the training step; errors are always '
-        'measured in fp32; default: fp32')
-    add('--seed', type=number(int, 0), default=0, help='of initialisation, data order and attacks; default: 0')
-    add('--minutes', type=rate, help='stop cleanly after the epoch that passes so many minutes, to be continued later')
-    add('--compile', action='store_true', help='torch.compile the network; takes a minute to begin with')
-    record.add_machine_flags(parser)
+    add('--step-size', type=budget, help='of PGD at the target budget, scaled with it; '
+        'default: 0.01 for MNIST, eps/4 for CIFAR10')
+    add('--n-iter', type=count,
+        help='iterations of PGD; default: eps/0.01 + 10 for MNIST, 10 for CIFAR10')
+    add('--start', choices=('step', 'eps'), default='step',
+        help='PGD starts anywhere within +-step-size or within +-eps; default: step')
+    add('--augment', action=argparse.BooleanOptionalAction,
+        help='random crop and flip; default: for CIFAR10 only')
+    add('--n-train', type=count, help='train on so many of the images; default: all')
+    add('--n-eval', type=number(int, 0), default=1000,
+        help='so many test images for the errors after each epoch; default: 1000')
+    add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32',
+        help='of the training step; errors are always measured in fp32; default: fp32')
+    add('--seed', type=number(int, 0), default=0,
+        help='of initialisation, data order and attacks; default: 0')
+    add('--minutes', type=rate,
+        help='stop cleanly after the epoch that passes so many minutes, to be continued later')
+    add('--compile', action='store_true',
+        help='torch.compile the network; takes a minute to begin with')
     add('--out', help='folder of the run; default: ckpts/DATASET_MODEL_SCHED[_periodic]_sSEED')
+    record.add_machine_flags(parser)
     return parser.parse_args(argv)
 
 

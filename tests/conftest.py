@@ -23,16 +23,18 @@ def data_dir(tmp_path_factory):
 @pytest.fixture
 def tiny(data_dir):
     """Flags of a run of a second: train.main([*tiny, ...])."""
-    return ['--data-dir', str(data_dir), '--width', '1', '--n-train', '256', '--n-eval', '50', '--epochs', '4',
-            '--step-size', '0.1', '--n-iter', '2', '--lr', '1e-3', '--eps-sched', 'linear']
+    return ['--data-dir', str(data_dir), '--width', '1', '--n-train', '256', '--n-eval', '50',
+            '--epochs', '4', '--step-size', '0.1', '--n-iter', '2', '--lr', '1e-3',
+            '--eps-sched', 'linear']
 
 
 @pytest.fixture(scope='session')
 def runs(data_dir, tmp_path_factory):
     """Two finished runs, 'single' and the periodic 'triple', in a folder."""
     folder = tmp_path_factory.mktemp('ckpts')
-    flags = ['--data-dir', str(data_dir), '--width', '2', '--n-train', '1000', '--n-eval', '100', '--step-size', '0.1',
-             '--n-iter', '2', '--lr', '3e-3', '--eps', '0.1', '--epochs', '4', '--batch-size', '50']
+    flags = ['--data-dir', str(data_dir), '--width', '2', '--n-train', '1000', '--n-eval', '100',
+             '--step-size', '0.1', '--n-iter', '2', '--lr', '3e-3', '--eps', '0.1', '--epochs', '4',
+             '--batch-size', '50']
     train.main([*flags, '--out', str(folder / 'single')])
     train.main([*flags, '--out', str(folder / 'triple'), '--periodic', '--eps-sched', 'linear'])
     return folder

@@ -32,17 +32,20 @@ def images(n, seed=1, shape=(1, 28, 28)):
 def linear(classes, shape=(1, 4, 4), seed=0):
     """A linear classifier, and images well inside [0, 1] with the labels it gives them."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes)).double().requires_grad_(False)
-    model[1].weight *= 30  # sure of itself, so that the cross-entropy is led by the strongest wrong class
+    model = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
+    model.double().requires_grad_(False)
+    # sure of itself, so that the cross-entropy is led by the strongest wrong class
+    model[1].weight *= 30
     x = .3 + .4 * images(200, shape=shape)
     return model, x, model(x).argmax(1)
 
 
 def worst_margin(model, x, y, eps):
-    """min over the ball of z_y - z_i, smallest over i != y: (w_y - w_i).x + b_y - b_i - eps ||w_y - w_i||_1."""
+    """min z_y - z_i over the ball and i != y: (w_y - w_i).x + b_y - b_i - eps ||w_y - w_i||_1."""
     w, b = model[1].weight, model[1].bias
     difference = w[y][:, None] - w[None]
-    least = (difference * x.flatten(1)[:, None]).sum(2) + b[y][:, None] - b[None] - eps * difference.abs().sum(2)
+    least = ((difference * x.flatten(1)[:, None]).sum(2) + b[y][:, None] - b[None]
+             - eps * difference.abs().sum(2))
     return least.scatter(1, y[:, None], math.inf).min(1).values
 
 
@@ -51,7 +54,8 @@ def worst_margin(model, x, y, eps):
 def test_splitmix64_gives_the_published_numbers_of_seed_1234567():
     state = torch.tensor([1234567]) + torch.arange(1, 6) * -0x61C8864680B583EB
     assert [n % 2 ** 64 for n in attack.splitmix64(state).tolist()] == [
-        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+        6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
+        16408922859458223821]
 
 
 def test_random_numbers_of_an_image_depend_on_nothing_but_seed_index_and_stream():
@@ -68,7 +72,8 @@ def test_random_numbers_are_uniform_and_uncorrelated():
     u = attack.uniform(0, torch.arange(300), (1000,), torch.zeros(1, dtype=torch.double))
     assert 0 <= u.min() and u.max() < 1
     counts = torch.histc(u, 100, 0, 1)
-    assert ((counts - 3000) ** 2 / 3000).sum() < 150  # chi-squared with 99 degrees of freedom: 150 is p < 0.001
+    # chi-squared with 99 degrees of freedom: 150 is p < 0.001
+    assert ((counts - 3000) ** 2 / 3000).sum() < 150
     z = (u - .5) * math.sqrt(12)
     for a, b in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1])):  # between neighbouring images and numbers
         assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
@@ -77,7 +82,7 @@ def test_random_numbers_are_uniform_and_uncorrelated():
 # Closed forms on linear classifiers
 
 def at_half(classes):
-    """A linear classifier, images, labels, and a budget at which about half of the images are robust."""
+    """A linear classifier, images, labels, and a budget at which about half of them are robust."""
     model, x, y = linear(classes)
     low, high = 0., .299
     for _ in range(40):
@@ -86,8 +91,9 @@ def at_half(classes):
     return model, x, y, 1.001 * eps  # not at the very edge of an image
 
 
-@pytest.mark.parametrize('run', [functools.partial(attack.pgd, n_iter=20, step_size=.02), attack.apgd,
-                                 functools.partial(attack.square, n_queries=900)], ids=['pgd', 'apgd', 'square'])
+@pytest.mark.parametrize('run', [
+    functools.partial(attack.pgd, n_iter=20, step_size=.02), attack.apgd,
+    functools.partial(attack.square, n_queries=900)], ids=['pgd', 'apgd', 'square'])
 def test_two_classes_fall_to_the_closed_form(run):
     model, x, y, eps = at_half(2)
     least = worst_margin(model, x, y, eps)
@@ -99,12 +105,15 @@ def test_two_classes_fall_to_the_closed_form(run):
     assert torch.equal(reached > 0, robust)
 
 
-@pytest.mark.parametrize('run', [functools.partial(attack.pgd, n_iter=20, step_size=.02), functools.partial(attack.apgd, n_restarts=3),
-                                 functools.partial(attack.apgd, n_restarts=3, loss='dlr'),
-                                 functools.partial(attack.square, n_queries=400)], ids=['pgd', 'apgd_ce', 'apgd_dlr', 'square'])
+@pytest.mark.parametrize('run', [
+    functools.partial(attack.pgd, n_iter=20, step_size=.02),
+    functools.partial(attack.apgd, n_restarts=3),
+    functools.partial(attack.apgd, n_restarts=3, loss='dlr'),
+    functools.partial(attack.square, n_queries=400)], ids=['pgd', 'apgd_ce', 'apgd_dlr', 'square'])
 def test_five_classes_are_bounded_by_the_closed_form_and_nearly_all_fall_to_it(run):
     model, x, y, eps = at_half(5)
-    robust, stands = worst_margin(model, x, y, eps) > 0, attack.correct(model, run(model, x, y, eps), y)
+    robust = worst_margin(model, x, y, eps) > 0
+    stands = attack.correct(model, run(model, x, y, eps), y)
     assert 50 < robust.sum() < 150
     assert stands[robust].all()
     assert (stands & ~robust).sum() <= 4
@@ -115,8 +124,10 @@ def test_the_pixel_range_bounds_the_closed_form_too():
     x = images(100, shape=(1, 4, 4))
     y, w = model(x).argmax(1), model[1].weight
     slope = (w[y] - w[1 - y]).view(-1, 1, 4, 4)
-    least = attack.margin(model(torch.where(slope > 0, (x - .5).clamp(0), (x + .5).clamp(max=1))), y)
-    for run in (functools.partial(attack.pgd, step_size=.1, n_iter=20), functools.partial(attack.apgd, best_loss=True)):
+    worst = torch.where(slope > 0, (x - .5).clamp(0), (x + .5).clamp(max=1))
+    least = attack.margin(model(worst), y)
+    for run in (functools.partial(attack.pgd, step_size=.1, n_iter=20),
+                functools.partial(attack.apgd, best_loss=True)):
         assert torch.allclose(attack.margin(model(run(model, x, y, .5)), y), least)
 
 
@@ -139,7 +150,8 @@ def test_the_result_is_the_same_for_any_batch_size_and_order(run):
     for batch_size in (1, 8, 37):
         assert torch.allclose(run(model, x, y, .1, batch_size=batch_size), whole, atol=1e-9)
     order = torch.randperm(37)
-    assert torch.allclose(run(model, x[order], y[order], .1, index=order, batch_size=9), whole[order], atol=1e-9)
+    shuffled = run(model, x[order], y[order], .1, index=order, batch_size=9)
+    assert torch.allclose(shuffled, whole[order], atol=1e-9)
 
 
 @each
@@ -161,7 +173,8 @@ def test_a_budget_of_0_gives_the_images_back(run):
 def test_any_number_of_images_all_wrong_or_none(run, n):
     model, x = lenet(), images(n)
     y = model(x).argmax(1)
-    right, wrong = run(model, x, y, .01, batch_size=3), run(model, x, (y + 1) % 10, .01, batch_size=3)
+    right = run(model, x, y, .01, batch_size=3)
+    wrong = run(model, x, (y + 1) % 10, .01, batch_size=3)
     assert right.shape == wrong.shape == x.shape
     assert not attack.correct(model, wrong, (y + 1) % 10).any()
 
@@ -179,7 +192,8 @@ class Stateful(nn.Module):
 
     def __init__(self, fail=False):
         super().__init__()
-        self.conv, self.norm, self.fc, self.fail = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2 * 26 * 26, 10), fail
+        self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
+        self.fc, self.fail = nn.Linear(2 * 26 * 26, 10), fail
         self.double().train()
         self.conv.bias.requires_grad_(False)
         self.norm.eval()
@@ -253,8 +267,9 @@ def test_nan_logits_are_refused(run):
 
 @each
 @pytest.mark.parametrize('change, message', [
-    ({'x': -.5}, '-0.5'), ({'x': 1.5}, '1.5'), ({'x': math.nan}, 'nan'), ({'eps': -.25}, '-0.25'), ({'eps': math.nan}, 'nan'),
-    ({'batch_size': 0}, 'batch_size .* 0'), ({'y': torch.zeros(3, dtype=torch.long)}, '4 images but 3 labels'),
+    ({'x': -.5}, '-0.5'), ({'x': 1.5}, '1.5'), ({'x': math.nan}, 'nan'), ({'eps': -.25}, '-0.25'),
+    ({'eps': math.nan}, 'nan'), ({'batch_size': 0}, 'batch_size .* 0'),
+    ({'y': torch.zeros(3, dtype=torch.long)}, '4 images but 3 labels'),
     ({'index': torch.arange(5)}, '5')])
 def test_bad_input_is_refused_with_its_value(run, change, message):
     arguments = {'x': images(4), 'y': torch.zeros(4, dtype=torch.long), 'eps': .1} | change
@@ -265,9 +280,12 @@ def test_bad_input_is_refused_with_its_value(run, change, message):
 
 
 @pytest.mark.parametrize('call, message', [
-    (functools.partial(attack.pgd, step_size=.1, n_iter=0), 'n_iter .* 0'), (functools.partial(attack.pgd, step_size=0., n_iter=3), 'step_size .* 0'),
-    (functools.partial(attack.apgd, n_iter=0), 'n_iter .* 0'), (functools.partial(attack.apgd, n_restarts=-1), 'n_restarts .* -1'),
-    (functools.partial(attack.apgd, loss='cw'), "'cw'"), (functools.partial(attack.square, n_queries=0), 'n_queries .* 0'),
+    (functools.partial(attack.pgd, step_size=.1, n_iter=0), 'n_iter .* 0'),
+    (functools.partial(attack.pgd, step_size=0., n_iter=3), 'step_size .* 0'),
+    (functools.partial(attack.apgd, n_iter=0), 'n_iter .* 0'),
+    (functools.partial(attack.apgd, n_restarts=-1), 'n_restarts .* -1'),
+    (functools.partial(attack.apgd, loss='cw'), "'cw'"),
+    (functools.partial(attack.square, n_queries=0), 'n_queries .* 0'),
     (functools.partial(attack.square, p_init=1.5), 'p_init .* 1.5')])
 def test_bad_settings_are_refused_with_their_value(call, message):
     with pytest.raises(ValueError, match=message):
@@ -288,7 +306,8 @@ def test_pgd_starts_uniformly_within_its_step_or_within_what_is_asked_for(start,
     x = .5 + 0 * images(50)
     noise = attack.pgd(Flat(), x, torch.zeros(50, dtype=torch.long), .1, .01, 3, start=start) - x
     assert noise.abs().max() <= width
-    assert noise.std() == pytest.approx(width / math.sqrt(3), rel=.02)  # of a uniform law on +-width
+    # of a uniform law on +-width
+    assert noise.std() == pytest.approx(width / math.sqrt(3), rel=.02)
 
 
 def test_pgd_is_signed_ascent_step_by_step():
@@ -311,11 +330,12 @@ def test_apgd_checkpoints_of_100_iterations():
 @pytest.mark.parametrize('n_iter', [1, 5, 10, 1000])
 def test_apgd_checkpoints_are_distinct_and_within_the_run(n_iter):
     checkpoints = attack.apgd_checkpoints(n_iter)
-    assert checkpoints == sorted(set(checkpoints)) and 1 <= checkpoints[0] and checkpoints[-1] <= n_iter
+    assert checkpoints == sorted(set(checkpoints))
+    assert 1 <= checkpoints[0] and checkpoints[-1] <= n_iter
 
 
 def apgd_of_one_image(f, x, start, eps, n_iter, rho=.75):
-    """Algorithm 1 of Croce & Hein (2020) for a single image, in the paper's own indices; f gives loss and gradient."""
+    """Algorithm 1 of Croce & Hein 2020 for one image, in its indices; f gives loss and gradient."""
     def project(z):
         return np.clip(np.clip(z, x - eps, x + eps), 0, 1)
 
@@ -346,7 +366,8 @@ def apgd_of_one_image(f, x, start, eps, n_iter, rho=.75):
         if k == n_iter:
             break
         z = project(points[k] + eta * np.sign(f(points[k])[1]))
-        points.append(project(points[k] + .75 * (z - points[k]) + .25 * (points[k] - points[k - 1])))
+        points.append(project(points[k] + .75 * (z - points[k])
+                              + .25 * (points[k] - points[k - 1])))
         losses.append(f(points[k + 1])[0])
         rises += losses[k + 1] > losses[k]
         if losses[k + 1] > f_max:
@@ -391,7 +412,8 @@ def test_apgd_spends_a_restart_only_on_images_that_still_stand():
     y = torch.zeros(10, dtype=torch.long)
     x_adv = attack.apgd(Counting(), x, y, .3, 20, 3)
     assert passes[0] == 10 and max(passes[1:]) == 7
-    assert sum(passes) <= 10 + 7 * 5 + 4 * (21 * 3 - 5)  # those that fall leave after 4 steps at the latest
+    # those that fall leave after 4 steps at the latest
+    assert sum(passes) <= 10 + 7 * 5 + 4 * (21 * 3 - 5)
     assert torch.equal(attack.correct(Counting(), x_adv, y)[:4], torch.ones(4, dtype=torch.bool))
     assert not attack.correct(Counting(), x_adv, y)[4:].any()
 
@@ -401,17 +423,18 @@ def test_apgd_keeps_the_best_loss_of_all_restarts():
     y = model(x).argmax(1)
 
     def loss(n_restarts):
-        return attack.cross_entropy(model(attack.apgd(model, x, y, .1, 10, n_restarts, best_loss=True)), y)
+        x_adv = attack.apgd(model, x, y, .1, 10, n_restarts, best_loss=True)
+        return attack.cross_entropy(model(x_adv), y)
 
     one, four = loss(1), loss(4)
     assert (four >= one).all() and (four > one).any()
 
 
 def test_dlr_by_hand():
-    z = torch.tensor([[3., 1., 0., 2.], [0., 4., 2., 1.]])
+    z, y = torch.tensor([[3., 1., 0., 2.], [0., 4., 2., 1.]]), torch.tensor([0, 2])
     # (y 0) -(3 - 2) / (3 - 1) and (y 2) -(2 - 4) / (4 - 1)
-    assert attack.dlr(z, torch.tensor([0, 2])).tolist() == pytest.approx([-1 / 2, 2 / 3])
-    assert torch.allclose(attack.dlr(5 * z + 7, torch.tensor([0, 2])), attack.dlr(z, torch.tensor([0, 2])))
+    assert attack.dlr(z, y).tolist() == pytest.approx([-1 / 2, 2 / 3])
+    assert torch.allclose(attack.dlr(5 * z + 7, y), attack.dlr(z, y))
 
 
 def test_dlr_needs_three_classes():
@@ -435,7 +458,8 @@ def test_losses_of_an_ensemble_of_one_are_those_of_the_model():
 
 def test_square_windows_shrink_as_published_for_mnist():
     # sqrt(0.8 / 2^i * 28 * 28) rounded: 25.04 17.71 12.52 8.85 6.26 4.43 3.13 2.21 1.57 1.11
-    sides = [attack.square_side(q, .8, 28, 28) for q in (2, 10, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)]
+    sides = [attack.square_side(q, .8, 28, 28)
+             for q in (2, 10, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)]
     assert sides == [25, 25, 18, 13, 9, 6, 4, 3, 2, 2, 1]
 
 
@@ -460,7 +484,8 @@ def test_square_starts_from_vertical_stripes():
 
     x = .5 + 0 * images(6, shape=(3, 8, 8))
     noise = attack.square(Unbreakable(), x, torch.zeros(6, dtype=torch.long), .1, n_queries=1) - x
-    assert torch.allclose(noise.abs(), torch.tensor(.1).double()) and torch.equal(noise, noise[:, :, :1].expand_as(noise))
+    assert torch.allclose(noise.abs(), torch.tensor(.1).double())
+    assert torch.equal(noise, noise[:, :, :1].expand_as(noise))
     assert (noise > 0).double().mean() == pytest.approx(.5, abs=.2)
 
 
@@ -482,7 +507,8 @@ def test_square_never_raises_the_margin():
     model, x = lenet(), images(10)
     y = model(x).argmax(1)
     margins = [attack.margin(model(attack.square(model, x, y, .02, n)), y) for n in (1, 10, 100)]
-    assert (margins[1] <= margins[0]).all() and (margins[2] <= margins[1]).all() and (margins[2] < margins[0]).any()
+    assert (margins[1] <= margins[0]).all() and (margins[2] <= margins[1]).all()
+    assert (margins[2] < margins[0]).any()
 
 
 def test_square_needs_no_gradient():
@@ -499,7 +525,8 @@ def test_square_needs_no_gradient():
 
 def test_the_columns_of_table_1_have_the_settings_of_the_paper():
     settings = {key: getattr(run, 'keywords', {}) for key, run in attack.ATTACKS.items()}
-    assert settings == {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': {'n_iter': 100, 'n_restarts': 5, 'loss': 'ce'},
+    assert settings == {'pgd': {}, 'pgd100': {'n_iter': 100},
+                        'apgd100_ce': {'n_iter': 100, 'n_restarts': 5, 'loss': 'ce'},
                         'apgd100_dlr': {'n_iter': 100, 'n_restarts': 5, 'loss': 'dlr'},
                         'square5k': {'n_queries': 5000, 'p_init': .8}}
 

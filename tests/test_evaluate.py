@@ -42,8 +42,9 @@ def result_of(folder):
 
 
 def test_all_columns_of_table_1_and_the_worst_case(copies, here, capsys, monkeypatch):
-    monkeypatch.setitem(attack.ATTACKS, 'square5k', lambda model, x, y, eps, n_queries=20, p_init=.8, **rest:
-                        attack.square(model, x, y, eps, n_queries, p_init, **rest))
+    monkeypatch.setitem(
+        attack.ATTACKS, 'square5k', lambda model, x, y, eps, n_queries=20, p_init=.8, **rest:
+        attack.square(model, x, y, eps, n_queries, p_init, **rest))
     evaluate.main([*here, str(copies / 'single'), '--n-examples', '30'])
     result, right = result_of(copies / 'single')
     keys = ['clean', 'pgd', 'pgd100', 'apgd100_ce', 'apgd100_dlr', 'square5k']
@@ -53,12 +54,17 @@ def test_all_columns_of_table_1_and_the_worst_case(copies, here, capsys, monkeyp
         low, high = column['interval']
         assert 0 <= low <= column['error'] <= high <= 1
     assert np.array_equal(right['worst'], np.logical_and.reduce([right[key] for key in keys]))
-    assert all((right[key] <= right['clean']).all() for key in keys)  # wrong when clean is not robust
-    assert result['columns']['apgd100_ce']['settings'] == {'n_iter': 100, 'n_restarts': 5, 'loss': 'ce', 'rho': .75}
-    assert result['columns']['pgd']['settings'] == {'step_size': .1, 'n_iter': 2}  # those of training
-    assert (result['n'], result['n_test'], result['eps'], result['dataset']) == (30, 1000, .1, 'mnist5k')
+    # wrong when clean is not robust
+    assert all((right[key] <= right['clean']).all() for key in keys)
+    assert result['columns']['apgd100_ce']['settings'] \
+        == {'n_iter': 100, 'n_restarts': 5, 'loss': 'ce', 'rho': .75}
+    # those of training
+    assert result['columns']['pgd']['settings'] == {'step_size': .1, 'n_iter': 2}
+    assert (result['n'], result['n_test'], result['eps'], result['dataset']) \
+        == (30, 1000, .1, 'mnist5k')
     text = capsys.readouterr().out
-    for part in ('30 of 1000 test images', 'APGD100-DLR', 'Square5K', 'worst case', '95 %', 'n_restarts 5', 'n_queries 20'):
+    for part in ('30 of 1000 test images', 'APGD100-DLR', 'Square5K', 'worst case', '95 %',
+                 'n_restarts 5', 'n_queries 20'):
         assert part in text
 
 
@@ -77,19 +83,22 @@ def test_the_errors_are_those_of_the_model_on_those_images(copies, here, data_di
 
 def test_a_periodic_run_is_evaluated_as_the_ensemble_of_its_periods(copies, here):
     evaluate.main([*here, str(copies / 'triple'), *FEW])
-    evaluate.main([*here, '--ensemble', *[str(copies / f'triple/period{i}.pt') for i in (1, 2, 3)], *FEW])
+    periods = [str(copies / f'triple/period{i}.pt') for i in (1, 2, 3)]
+    evaluate.main([*here, '--ensemble', *periods, *FEW])
     folder, = (pathlib.Path('evals')).iterdir()
     assert folder.name.startswith('ensemble_')
     one, other = result_of(copies / 'triple'), result_of(folder)
     assert one[0]['digests'] == other[0]['digests'] and len(one[0]['digests']) == 3
     assert all(np.array_equal(one[1][key], other[1][key]) for key in one[1])
     evaluate.main([*here, '--ensemble', str(copies / 'triple/period3.pt'), *FEW])
-    single = next(path for path in pathlib.Path('evals').iterdir() if path.name.startswith('checkpoint_'))
+    single = next(path for path in pathlib.Path('evals').iterdir()
+                  if path.name.startswith('checkpoint_'))
     assert not np.array_equal(result_of(single)[1]['pgd'], one[1]['pgd'])
 
 
 def test_an_ensemble_takes_runs_and_checkpoints_alike(copies, here):
-    evaluate.main([*here, '--ensemble', str(copies / 'single'), str(copies / 'triple'), str(copies / 'triple/period1.pt'), *FEW])
+    members = [str(copies / name) for name in ('single', 'triple', 'triple/period1.pt')]
+    evaluate.main([*here, '--ensemble', *members, *FEW])
     result, _ = result_of(next(pathlib.Path('evals').iterdir()))
     assert [pathlib.Path(name).name for name in result['members']] == [
         'period1.pt', 'period1.pt', 'period2.pt', 'period3.pt', 'period1.pt']
@@ -99,11 +108,13 @@ def test_an_ensemble_of_equals_gives_the_row_of_the_model(copies, here):
     path = str(copies / 'single/period1.pt')
     evaluate.main([*here, '--ensemble', path, path, path, *FEW])
     evaluate.main([*here, str(copies / 'single'), *FEW])
-    one, other = result_of(next(pathlib.Path('evals').iterdir()))[1], result_of(copies / 'single')[1]
+    one = result_of(next(pathlib.Path('evals').iterdir()))[1]
+    other = result_of(copies / 'single')[1]
     assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
-def test_a_released_checkpoint_without_a_run_needs_nothing_but_itself(copies, here, monkeypatch, data_dir):
+def test_a_released_checkpoint_without_a_run_needs_nothing_but_itself(
+        copies, here, monkeypatch, data_dir):
     bare = pathlib.Path('lenet_16_eps0.4_100.ckpt')
     shutil.copy(copies / 'single/period1.pt', bare)
     evaluate.main([*here, str(bare), '--dataset', 'mnist5k', *FEW])
@@ -116,10 +127,12 @@ def test_another_budget_is_kept_apart(copies, here):
     for flags in ([], ['--eps', '0.05'], ['--eps', '0']):
         evaluate.main([*here, str(copies / 'single'), *FEW, *flags])
     found = {path.name: record.load(path) for path in (copies / 'single').glob('evaluate*.json')}
-    assert set(found) == {'evaluate_n40.json', 'evaluate_n40_eps0.05.json', 'evaluate_n40_eps0.0.json'}
-    assert found['evaluate_n40_eps0.05.json']['columns']['pgd']['settings']['step_size'] == pytest.approx(.05)
+    assert set(found) == {'evaluate_n40.json', 'evaluate_n40_eps0.05.json',
+                          'evaluate_n40_eps0.0.json'}
+    pgd = {name: result['columns']['pgd'] for name, result in found.items()}
+    assert pgd['evaluate_n40_eps0.05.json']['settings']['step_size'] == pytest.approx(.05)
     columns = found['evaluate_n40_eps0.0.json']['columns']
-    assert columns['pgd']['error'] == columns['clean']['error'] < found['evaluate_n40.json']['columns']['pgd']['error']
+    assert columns['pgd']['error'] == columns['clean']['error'] < pgd['evaluate_n40.json']['error']
 
 
 def test_finished_attacks_are_not_run_again_and_others_are_added(copies, here, monkeypatch):
@@ -137,7 +150,8 @@ def test_finished_attacks_are_not_run_again_and_others_are_added(copies, here, m
 
 @pytest.mark.parametrize('after', [False, True])
 @pytest.mark.parametrize('moment', range(6))
-def test_an_evaluation_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(copies, here, runs, moment, after):
+def test_an_evaluation_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
+        copies, here, runs, moment, after):
     argv = [*here, str(copies / 'single'), *FEW]
 
     def act():
@@ -186,21 +200,25 @@ class Evil:
     (lambda path: path.write_bytes(b'not a checkpoint'), 'refused'),
     (lambda path: path.write_bytes(pickle.dumps(Evil(), protocol=2)), 'refused'),
     (lambda path: torch.save({'model': Evil()}, path), 'refused'),
-    (lambda path: torch.save({'model': {'fc1.weight': torch.zeros(2)}, 'epoch': 3}, path), 'no plain state_dict'),
+    (lambda path: torch.save({'model': {'fc1.weight': torch.zeros(2)}, 'epoch': 3}, path),
+     'no plain state_dict'),
     (lambda path: torch.save([1, 2], path), 'no plain state_dict'),
     (lambda path: torch.save(models.build('lenet', 'mnist', 3).state_dict(), path), 'does not fit'),
     (lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path), 'does not fit'),
-    (lambda path: torch.save({key: value * float('nan') for key, value in models.build('lenet', 'mnist', 2).state_dict().items()},
-                             path), 'not finite'),
+    (lambda path: torch.save({key: value * float('nan') for key, value in
+                              models.build('lenet', 'mnist', 2).state_dict().items()}, path),
+     'not finite'),
     (lambda path: path.unlink(), 'not finished|does not exist')])
 @pytest.mark.parametrize('how', ['run', 'ensemble'])
 def test_a_bad_checkpoint_is_refused_by_name_and_runs_no_code(copies, here, spoil, message, how):
     path = copies / 'single/period1.pt'
     spoil(path)
-    target = [str(copies / 'single')] if how == 'run' else ['--ensemble', str(copies / 'triple'), str(path)]
+    target = [str(copies / 'single')] if how == 'run' \
+        else ['--ensemble', str(copies / 'triple'), str(path)]
     with pytest.raises(ValueError, match=f'single.*({message})'):
         evaluate.main([*here, *target, *FEW])
-    assert not pathlib.Path('owned').exists() and not list(copies.glob('*/evaluate*')) and not pathlib.Path('evals').exists()
+    assert not pathlib.Path('owned').exists() and not list(copies.glob('*/evaluate*'))
+    assert not pathlib.Path('evals').exists()
 
 
 def test_members_of_different_datasets_are_refused_by_name(copies, here):
@@ -214,12 +232,14 @@ def test_members_of_different_datasets_are_refused_by_name(copies, here):
 def test_members_of_different_budgets_need_a_word(copies, here):
     config = record.load(copies / 'triple/config.json')
     record.save(copies / 'triple/config.json', config | {'eps': .2})
+    argv = [*here, '--ensemble', str(copies / 'single'), str(copies / 'triple'), *FEW]
     with pytest.raises(ValueError, match='--eps'):
-        evaluate.main([*here, '--ensemble', str(copies / 'single'), str(copies / 'triple'), *FEW])
-    evaluate.main([*here, '--ensemble', str(copies / 'single'), str(copies / 'triple'), *FEW, '--eps', '0.1'])
+        evaluate.main(argv)
+    evaluate.main([*argv, '--eps', '0.1'])
 
 
-@pytest.mark.parametrize('path, message', [('nowhere', 'nowhere does not exist'), ('empty', 'empty is no run')])
+@pytest.mark.parametrize('path, message', [
+    ('nowhere', 'nowhere does not exist'), ('empty', 'empty is no run')])
 def test_a_path_that_is_no_run_is_refused_by_name(here, path, message):
     pathlib.Path('empty').mkdir()
     with pytest.raises(ValueError, match=message):
@@ -233,8 +253,9 @@ def test_an_unfinished_run_is_refused_with_the_way_out(copies, here):
 
 
 @pytest.mark.parametrize('flags, message', [
-    ([], 'name either'), (['--n-examples', '0', 'x'], '0'), (['--attacks', 'fgsm', 'x'], 'fgsm'), (['x', '--ensemble', 'y'], 'name either'),
-    (['x', '--eps', '8'], '8/255'), (['x', '--batch-size', '0'], '0')])
+    ([], 'name either'), (['--n-examples', '0', 'x'], '0'), (['--attacks', 'fgsm', 'x'], 'fgsm'),
+    (['x', '--ensemble', 'y'], 'name either'), (['x', '--eps', '8'], '8/255'),
+    (['x', '--batch-size', '0'], '0')])
 def test_bad_flags_are_refused_with_their_value(flags, message, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(flags)
@@ -249,12 +270,14 @@ def test_more_examples_than_there_are_is_refused(copies, here):
 def test_the_interval_is_wilsons():
     # worked by hand for 1 of 10: (0.1 + 0.19207 +- 1.96 * sqrt(0.009 + 0.009604)) / 1.38415
     assert evaluate.wilson(1, 10) == pytest.approx([.01788, .40416], abs=2e-4)
-    assert evaluate.wilson(0, 100)[0] == pytest.approx(0, abs=1e-12) and evaluate.wilson(0, 100)[1] > .03
+    low, high = evaluate.wilson(0, 100)
+    assert low == pytest.approx(0, abs=1e-12) and high > .03
 
 
 def test_evaluation_computes_in_float32(copies, here, monkeypatch):
     seen = []
-    monkeypatch.setitem(attack.ATTACKS, 'pgd', lambda model, x, y, eps, step_size, n_iter, **rest: seen.append(
-        (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, model(x).dtype)) or x)
+    monkeypatch.setitem(attack.ATTACKS, 'pgd', lambda model, x, y, eps, step_size, n_iter, **rest:
+                        seen.append((torch.get_float32_matmul_precision(),
+                                     torch.backends.cudnn.allow_tf32, model(x).dtype)) or x)
     evaluate.main([*here, str(copies / 'single'), '--attacks', 'pgd', '--n-examples', '10'])
     assert seen == [('highest', False, torch.float32)]

@@ -9,7 +9,8 @@ import models
 
 
 @pytest.mark.parametrize('name, dataset, width, parameters', [
-    ('lenet', 'mnist', 16, 3_274_634), ('vgg', 'cifar10', 8, 3_686_954), ('resnet18', 'cifar10', 8, 2_797_610)])
+    ('lenet', 'mnist', 16, 3_274_634), ('vgg', 'cifar10', 8, 3_686_954),
+    ('resnet18', 'cifar10', 8, 2_797_610)])
 def test_parameter_counts_are_those_of_the_release(name, dataset, width, parameters):
     assert sum(p.numel() for p in models.build(name, dataset, width).parameters()) == parameters
 
@@ -21,7 +22,8 @@ def release_names(name):
 
     norm = 'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'
     if name == 'lenet':
-        return [key for part in ('conv1', 'conv2', 'fc1', 'fc2') for key in layer(part, 'weight', 'bias')]
+        return [key for part in ('conv1', 'conv2', 'fc1', 'fc2')
+                for key in layer(part, 'weight', 'bias')]
     if name == 'vgg':
         keys, position = [], 0
         for convolutions in (2, 2, 3, 3, 3):
@@ -42,7 +44,8 @@ def release_names(name):
     return keys + layer('classifier', 'weight', 'bias')
 
 
-@pytest.mark.parametrize('name, dataset', [('lenet', 'mnist'), ('vgg', 'cifar10'), ('resnet18', 'cifar10')])
+@pytest.mark.parametrize('name, dataset', [
+    ('lenet', 'mnist'), ('vgg', 'cifar10'), ('resnet18', 'cifar10')])
 def test_state_dict_names_are_those_of_the_release(name, dataset):
     assert list(models.build(name, dataset, 2).state_dict()) == release_names(name)
 
@@ -51,14 +54,15 @@ def test_layers_have_the_channels_of_the_paper():
     vgg, resnet = models.build('vgg', 'cifar10', 8), models.build('resnet18', 'cifar10', 8)
     assert [m.out_channels for m in vgg.modules() if isinstance(m, nn.Conv2d)] == \
         [32, 32, 64, 64, 128, 128, 128] + 6 * [256]
-    assert [getattr(resnet, f'layer{i}')[0].conv1.out_channels for i in (1, 2, 3, 4)] == [32, 64, 128, 256]
-    assert [getattr(resnet, f'layer{i}')[0].conv1.stride[0] for i in (1, 2, 3, 4)] == [1, 2, 2, 2]
+    first = [getattr(resnet, f'layer{i}')[0].conv1 for i in (1, 2, 3, 4)]
+    assert [conv.out_channels for conv in first] == [32, 64, 128, 256]
+    assert [conv.stride[0] for conv in first] == [1, 2, 2, 2]
 
 
 def test_lenet_pools_before_relu_to_the_same_end():
     model, x = models.build('lenet', 'mnist', 2), torch.rand(5, 1, 28, 28)
-    usual = nn.Sequential(model.conv1, nn.ReLU(), nn.MaxPool2d(2), model.conv2, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-                          model.fc1, nn.ReLU(), model.fc2)
+    usual = nn.Sequential(model.conv1, nn.ReLU(), nn.MaxPool2d(2), model.conv2, nn.ReLU(),
+                          nn.MaxPool2d(2), nn.Flatten(), model.fc1, nn.ReLU(), model.fc2)
     assert torch.equal(model(x), usual(x))
 
 
@@ -80,7 +84,8 @@ def test_foreign_parameters_are_not_recognised():
 
 
 def test_unknown_names_and_widths_are_named():
-    for arguments, found in ((('lenett', 'mnist', 2), 'lenett'), (('lenet', 'svhn', 2), 'svhn'), (('lenet', 'mnist', 0), '0')):
+    for arguments, found in ((('lenett', 'mnist', 2), 'lenett'), (('lenet', 'svhn', 2), 'svhn'),
+                             (('lenet', 'mnist', 0), '0')):
         with pytest.raises(ValueError, match=found):
             models.build(*arguments)
 
@@ -117,9 +122,11 @@ def test_precision_gives_back_what_it_borrowed():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with pytest.raises(KeyError):
         with models.precision('tf32', 'cpu'):
-            assert torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == 'high'
+            assert torch.backends.cudnn.allow_tf32
+            assert torch.get_float32_matmul_precision() == 'high'
             with models.precision('fp32', 'cpu'):
-                assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == 'highest'
+                assert not torch.backends.cudnn.allow_tf32
+                assert torch.get_float32_matmul_precision() == 'highest'
             raise KeyError
     assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
 

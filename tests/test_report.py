@@ -17,14 +17,18 @@ def test_notation_is_the_papers():
 def evaluated(runs, data_dir, tmp_path):
     shutil.copytree(runs, tmp_path / 'ckpts')
     for name in ('single', 'triple'):
-        evaluate.main(['--data-dir', str(data_dir), str(tmp_path / 'ckpts' / name), '--n-examples', '40', '--attacks', 'pgd'])
+        evaluate.main(['--data-dir', str(data_dir), str(tmp_path / 'ckpts' / name),
+                       '--n-examples', '40', '--attacks', 'pgd'])
     return tmp_path / 'ckpts'
 
 
-def test_the_table_holds_the_runs_side_by_side_and_says_how_small_it_is(evaluated, tmp_path, capsys):
-    report.main([str(evaluated / 'single'), str(evaluated / 'triple'), '--out', str(tmp_path / 'results')])
+def test_the_table_holds_the_runs_side_by_side_and_says_how_small_it_is(
+        evaluated, tmp_path, capsys):
+    report.main([str(evaluated / 'single'), str(evaluated / 'triple'),
+                 '--out', str(tmp_path / 'results')])
     text = (tmp_path / 'results/table1.md').read_text()
-    for part in ('width 2', '1,000 images', '4 epochs', '2 steps of 0.1', '40 of 1,000 test images', 'ensemble of 3', 'missing'):
+    for part in ('width 2', '1,000 images', '4 epochs', '2 steps of 0.1', '40 of 1,000 test images',
+                 'ensemble of 3', 'missing'):
         assert part in text
     assert text in capsys.readouterr().out and text.count('| schedule |') == 1
     rows = list(csv.DictReader((tmp_path / 'results/table1.csv').open()))
@@ -35,7 +39,8 @@ def test_the_table_holds_the_runs_side_by_side_and_says_how_small_it_is(evaluate
 def test_runs_of_other_sizes_are_not_mixed_in(evaluated, tmp_path):
     config = record.load(evaluated / 'triple/config.json')
     record.save(evaluated / 'triple/config.json', config | {'epochs': 5})
-    report.main([str(evaluated / 'single'), str(evaluated / 'triple'), '--out', str(tmp_path / 'results')])
+    report.main([str(evaluated / 'single'), str(evaluated / 'triple'),
+                 '--out', str(tmp_path / 'results')])
     assert (tmp_path / 'results/table1.md').read_text().count('| schedule |') == 2
 
 
@@ -48,8 +53,10 @@ def test_seeds_become_mean_and_deviation(evaluated, tmp_path):
     record.save(path, result)
     config = record.load(evaluated / 'other/config.json')
     record.save(evaluated / 'other/config.json', config | {'seed': 1})
-    report.main([str(evaluated / 'single'), str(evaluated / 'other'), '--out', str(tmp_path / 'results')])
-    assert f'| constant | {100 * (first + .05):.2f}(707) |' in (tmp_path / 'results/table1.md').read_text()
+    report.main([str(evaluated / 'single'), str(evaluated / 'other'),
+                 '--out', str(tmp_path / 'results')])
+    text = (tmp_path / 'results/table1.md').read_text()
+    assert f'| constant | {100 * (first + .05):.2f}(707) |' in text
 
 
 def test_without_any_evaluation_the_way_out_is_told(runs, tmp_path):

@@ -10,11 +10,13 @@ def test_linear_budget_is_eq_5_by_hand():
 
 def test_cosine_budget_is_eq_5_by_hand():
     # 1 - cos at 0, 60, 90 and 120 degrees is 0, 1/2, 1 and 3/2
-    assert [schedule.eps_at(t, 'cosine', 8., 0., 16.) for t in (0., 1 / 3, 1 / 2, 2 / 3)] == pytest.approx([0., 4., 8., 8.])
+    assert [schedule.eps_at(t, 'cosine', 8., 0., 16.) for t in (0., 1 / 3, 1 / 2, 2 / 3)] \
+        == pytest.approx([0., 4., 8., 8.])
 
 
 def test_mnist_cosine_reaches_the_target_at_60_8_percent():
-    assert schedule.eps_at(.607, 'cosine', .4, 0., .6) < .4 == schedule.eps_at(.609, 'cosine', .4, 0., .6)
+    assert schedule.eps_at(.607, 'cosine', .4, 0., .6) < .4 \
+        == schedule.eps_at(.609, 'cosine', .4, 0., .6)
 
 
 def test_budget_is_clipped_to_0_and_the_target():
@@ -29,7 +31,8 @@ def test_constant_budget_is_constant():
 
 def test_progress_restarts_with_each_period():
     periods = [100, 50, 50]
-    assert [schedule.progress(e, periods) for e in (0, 50, 99, 100, 125, 150, 199)] == [0, .5, .99, 0, .5, 0, .98]
+    assert [schedule.progress(e, periods) for e in (0, 50, 99, 100, 125, 150, 199)] \
+        == [0, .5, .99, 0, .5, 0, .98]
     assert schedule.progress(99.5, periods) == .995
 
 
@@ -47,17 +50,20 @@ def test_three_periods_are_a_half_and_two_quarters():
 
 
 def test_step_decays_at_half_and_three_quarters_of_200_epochs():
-    rates = [schedule.lr_at(schedule.progress(e, [200]), 'step', .1) for e in (0, 99, 100, 149, 150, 199)]
+    rates = [schedule.lr_at(schedule.progress(e, [200]), 'step', .1)
+             for e in (0, 99, 100, 149, 150, 199)]
     assert rates == pytest.approx([.1, .1, .01, .01, .001, .001])
 
 
 def test_cosine_and_exponential_learning_rates():
-    assert [schedule.lr_at(t, 'cosine', .2) for t in (0, 1 / 3, 1 / 2)] == pytest.approx([.2, .15, .1])
+    assert [schedule.lr_at(t, 'cosine', .2) for t in (0, 1 / 3, 1 / 2)] \
+        == pytest.approx([.2, .15, .1])
     assert [schedule.lr_at(t, 'exponential', .2) for t in (0, 1 / 2)] == pytest.approx([.2, .02])
 
 
 def test_warmup_raises_the_learning_rate_linearly_then_leaves_it():
-    assert [schedule.lr_at(t, 'constant', .4, .2) for t in (0, .05, .1, .2, .9)] == pytest.approx([0, .1, .2, .4, .4])
+    assert [schedule.lr_at(t, 'constant', .4, .2) for t in (0, .05, .1, .2, .9)] \
+        == pytest.approx([0, .1, .2, .4, .4])
 
 
 def test_unknown_schedules_are_named():

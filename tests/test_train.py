@@ -23,24 +23,28 @@ def log_of(folder):
 
 
 def same(a, b):
-    """Whether two folders hold the same checkpoints bit for bit, and the same log but for the seconds."""
+    """Whether folders hold the same checkpoints bit for bit, and the same log but for seconds."""
     files = sorted(path.name for path in a.glob('*.pt'))
     assert files == sorted(path.name for path in b.glob('*.pt')) and files
     for name in files:
         one, other = record.load(a / name), record.load(b / name)
         if not (list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)):
             return False
-    return [row | {'seconds': 0} for row in log_of(a)] == [row | {'seconds': 0} for row in log_of(b)]
+    return [row | {'seconds': 0} for row in log_of(a)] \
+        == [row | {'seconds': 0} for row in log_of(b)]
 
 
 def test_a_run_leaves_what_the_plan_says(runs):
     folder = runs / 'triple'
-    assert sorted(path.name for path in folder.iterdir() if path.suffix in ('.pt', '.jsonl') or path.name == 'config.json') \
-        == ['config.json', 'log.jsonl', 'period1.pt', 'period2.pt', 'period3.pt']
+    names = sorted(path.name for path in folder.iterdir()
+                   if path.suffix in ('.pt', '.jsonl') or path.name == 'config.json')
+    assert names == ['config.json', 'log.jsonl', 'period1.pt', 'period2.pt', 'period3.pt']
     config = record.load(folder / 'config.json')
-    assert config['periods'] == [2, 1, 1] and config['eps_max'] == .2 and config['sessions'][0]['torch'] == torch.__version__
+    assert config['periods'] == [2, 1, 1] and config['eps_max'] == .2
+    assert config['sessions'][0]['torch'] == torch.__version__
     assert [row['epoch'] for row in log_of(folder)] == [1, 2, 3, 4]
-    assert set(log_of(folder)[0]) >= {'t', 'eps', 'lr', 'loss', 'train_robust_error', 'clean_error', 'robust_error', 'seconds'}
+    assert set(log_of(folder)[0]) >= {'t', 'eps', 'lr', 'loss', 'train_robust_error', 'clean_error',
+                                      'robust_error', 'seconds'}
 
 
 def test_the_budget_restarts_with_each_period(runs):
@@ -66,8 +70,9 @@ def test_the_logged_errors_are_those_of_the_checkpoint_at_the_target_budget(runs
 
 
 def test_one_step_is_sgd_on_the_adversarial_loss_by_hand(data_dir, tmp_path):
-    flags = ['--data-dir', str(data_dir), '--width', '1', '--n-train', '64', '--epochs', '1', '--batch-size', '64', '--eps', '0.1',
-             '--step-size', '0.05', '--n-iter', '3', '--optimizer', 'sgd', '--lr', '0.5', '--weight-decay', '0.01', '--n-eval', '0']
+    flags = ['--data-dir', str(data_dir), '--width', '1', '--n-train', '64', '--epochs', '1',
+             '--batch-size', '64', '--eps', '0.1', '--step-size', '0.05', '--n-iter', '3',
+             '--optimizer', 'sgd', '--lr', '0.5', '--weight-decay', '0.01', '--n-eval', '0']
     train.main([*flags, '--out', str(tmp_path / 'run')])
     torch.manual_seed(0)
     model = models.build('lenet', 'mnist5k', 1)
@@ -97,7 +102,8 @@ def test_the_attack_step_follows_the_scheduled_budget(tiny, tmp_path, monkeypatc
 
 @pytest.mark.parametrize('flags', [['--clock', 'epoch'], ['--clock', 'batch']])
 def test_eps_and_lr_follow_their_schedules_on_either_clock(tiny, tmp_path, flags):
-    train.main([*tiny, *flags, '--out', str(tmp_path / 'run'), '--lr-sched', 'cosine', '--lr-warmup', '.5', '--n-eval', '0'])
+    train.main([*tiny, *flags, '--out', str(tmp_path / 'run'), '--lr-sched', 'cosine',
+                '--lr-warmup', '.5', '--n-eval', '0'])
     behind = .5 if 'batch' in flags else 0.  # the last of an epoch's two batches
     for epoch, row in enumerate(log_of(tmp_path / 'run')):
         t = (epoch + behind) / 4
@@ -139,7 +145,7 @@ def in_a_child(act):
 
 
 def killed_at(moment, after, argv):
-    """Trains until the `moment`-th file is about to be, or `after` it was, put in its place; then SIGKILL."""
+    """Trains until SIGKILL just before, or `after`, the `moment`-th file is put in its place."""
     def act():
         files, place = iter(range(1000)), os.replace
 
@@ -159,15 +165,17 @@ def killed_at(moment, after, argv):
 @pytest.fixture(scope='module')
 def uninterrupted(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole') / 'run'
-    argv = ['--data-dir', str(data_dir), '--width', '1', '--n-train', '256', '--n-eval', '50', '--epochs', '4',
-            '--step-size', '0.1', '--n-iter', '2', '--lr', '1e-3', '--eps-sched', 'linear', *PERIODIC]
+    argv = ['--data-dir', str(data_dir), '--width', '1', '--n-train', '256', '--n-eval', '50',
+            '--epochs', '4', '--step-size', '0.1', '--n-iter', '2', '--lr', '1e-3',
+            '--eps-sched', 'linear', *PERIODIC]
     train.main([*argv, '--out', str(folder)])
     return argv, folder
 
 
 @pytest.mark.parametrize('after', [False, True])
 @pytest.mark.parametrize('moment', range(11))
-def test_a_run_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(uninterrupted, tmp_path, moment, after):
+def test_a_run_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
+        uninterrupted, tmp_path, moment, after):
     argv, whole = uninterrupted
     argv = [*argv, '--out', str(tmp_path / 'run')]
     assert killed_at(moment, after, argv) == signal.SIGKILL
@@ -202,9 +210,11 @@ def test_a_process_killed_from_outside_ends_as_an_uninterrupted_one(uninterrupte
     assert same(folder, whole)
 
 
-@pytest.mark.parametrize('flags', [['--optimizer', 'sgd', '--lr', '0.01'], ['--clock', 'batch', '--lr-sched', 'cosine'],
-                                   ['--model', 'resnet18', '--n-train', '40', '--batch-size', '20', '--augment', '--n-eval', '4']])
-def test_minutes_stops_cleanly_and_the_same_command_goes_on_to_the_same_end(tiny, tmp_path, flags, capsys):
+@pytest.mark.parametrize('flags', [
+    ['--optimizer', 'sgd', '--lr', '0.01'], ['--clock', 'batch', '--lr-sched', 'cosine'],
+    ['--model', 'resnet18', '--n-train', '40', '--batch-size', '20', '--augment', '--n-eval', '4']])
+def test_minutes_stops_cleanly_and_the_same_command_goes_on_to_the_same_end(
+        tiny, tmp_path, flags, capsys):
     argv = [*tiny, *flags]
     train.main([*argv, '--out', str(tmp_path / 'whole')])
     for epochs in (1, 2, 3):
@@ -229,7 +239,8 @@ def test_a_changed_flag_on_an_existing_run_is_named_and_loses_nothing(tiny, tmp_
     argv = [*tiny, '--out', str(tmp_path / 'run')]
     train.main([*argv, '--minutes', '1e-9'])
     before = {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
-    with pytest.raises(ValueError, match=r'--lr 0.001 \(now 0.002\), --batch-size 128 \(now 64\)|--batch-size.*--lr'):
+    with pytest.raises(ValueError, match=r'--lr 0.001 \(now 0.002\), --batch-size 128 \(now 64\)'
+                                         r'|--batch-size.*--lr'):
         train.main([*argv, '--lr', '2e-3', '--batch-size', '64'])
     assert before == {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
 
@@ -257,7 +268,8 @@ def test_a_folder_of_other_things_is_not_taken_for_a_run(tiny, tmp_path):
 # What goes wrong
 
 def test_a_loss_that_turns_nan_stops_with_a_message_and_keeps_the_epochs_before(tiny, tmp_path):
-    argv = [*tiny, '--out', str(tmp_path / 'run'), '--optimizer', 'sgd', '--lr', '1e30', '--lr-warmup', '.1', '--eps-sched', 'constant']
+    argv = [*tiny, '--out', str(tmp_path / 'run'), '--optimizer', 'sgd', '--lr', '1e30',
+            '--lr-warmup', '.1', '--eps-sched', 'constant']
     with pytest.raises(ValueError, match='epoch 2.*nan.*--lr than 1e[+]30'):
         train.main(argv)
     assert len(log_of(tmp_path / 'run')) == 1 and (tmp_path / 'run/last.pt').exists()
@@ -271,13 +283,16 @@ def test_a_collapse_to_a_constant_classifier_is_called_by_its_name(tiny, tmp_pat
 
 def test_the_test_budget_0_is_clean_training(tiny, tmp_path):
     train.main([*tiny, '--out', str(tmp_path / 'run'), '--eps', '0'])
-    assert all(row['eps'] == 0 and row['clean_error'] == row['robust_error'] for row in log_of(tmp_path / 'run'))
+    assert all(row['eps'] == 0 and row['clean_error'] == row['robust_error']
+               for row in log_of(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--eps', '8'], 'did you mean 8/255'), (['--eps', '-0.1'], '-0.1'), (['--eps', 'x'], "'x'"), (['--epochs', '0'], '0 is not at least 1'),
-    (['--lr', '-1'], '-1 is not at least 0'), (['--width', '0'], '0'), (['--eps-sched', 'cosin'], 'cosin'), (['--lr', 'nan'], 'nan'),
-    (['--model', 'resnet'], 'resnet'), (['--n-iter', '0'], '0'), (['--lr-warmup', '2'], 'between 0 and 1'), (['--epsilon', '1'], '--epsilon')])
+    (['--eps', '8'], 'did you mean 8/255'), (['--eps', '-0.1'], '-0.1'), (['--eps', 'x'], "'x'"),
+    (['--epochs', '0'], '0 is not at least 1'), (['--lr', '-1'], '-1 is not at least 0'),
+    (['--width', '0'], '0'), (['--eps-sched', 'cosin'], 'cosin'), (['--lr', 'nan'], 'nan'),
+    (['--model', 'resnet'], 'resnet'), (['--n-iter', '0'], '0'),
+    (['--lr-warmup', '2'], 'between 0 and 1'), (['--epsilon', '1'], '--epsilon')])
 def test_a_bad_flag_is_refused_with_its_value(flags, message, capsys):
     with pytest.raises(SystemExit):
         train.main(flags)
@@ -285,9 +300,12 @@ def test_a_bad_flag_is_refused_with_its_value(flags, message, capsys):
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--periodic', '--epochs', '3'], 'got 3'), (['--periods', '3', '2', '--epochs', '4'], '--periods 3 2'),
-    (['--n-train', '5000'], '5000 of 4000'), (['--n-eval', '1001'], '1001 of 1000'), (['--step-size', '0'], 'step')])
-def test_flags_that_do_not_go_together_are_refused_before_anything_is_written(flags, message, data_dir, tmp_path):
+    (['--periodic', '--epochs', '3'], 'got 3'),
+    (['--periods', '3', '2', '--epochs', '4'], '--periods 3 2'),
+    (['--n-train', '5000'], '5000 of 4000'), (['--n-eval', '1001'], '1001 of 1000'),
+    (['--step-size', '0'], 'step')])
+def test_flags_that_do_not_go_together_are_refused_before_anything_is_written(
+        flags, message, data_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
         train.main(['--data-dir', str(data_dir), '--out', str(tmp_path / 'run'), *flags])
     assert not (tmp_path / 'run').exists()
@@ -295,8 +313,10 @@ def test_flags_that_do_not_go_together_are_refused_before_anything_is_written(fl
 
 def test_bad_input_ends_a_script_with_one_line():
     here = pathlib.Path(train.__file__).parent
-    done = subprocess.run([sys.executable, 'train.py', '--periodic', '--epochs', '3'], cwd=here, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+    done = subprocess.run([sys.executable, 'train.py', '--periodic', '--epochs', '3'], cwd=here,
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
 
 
 # Defaults
@@ -308,22 +328,27 @@ def settings(*argv):
 def test_the_command_of_the_readme_is_the_papers_row():
     c = settings('--dataset', 'cifar10', '--eps-sched', 'linear', '--periodic')
     assert (c.model, c.width, c.periods, c.batch_size) == ('resnet18', 8, [100, 50, 50], 128)
-    assert (c.optimizer, c.lr, c.lr_sched, c.momentum, c.weight_decay, c.augment) == ('sgd', .1, 'step', .9, 1e-3, True)
-    assert [255 * v for v in (c.eps, c.eps_min, c.eps_max, c.step_size)] == pytest.approx([8, 0, 16, 2]) and c.n_iter == 10
-    assert c.clock == 'epoch' and c.start == 'step'
+    assert (c.optimizer, c.lr, c.lr_sched, c.momentum, c.weight_decay, c.augment) \
+        == ('sgd', .1, 'step', .9, 1e-3, True)
+    assert [255 * v for v in (c.eps, c.eps_min, c.eps_max, c.step_size)] \
+        == pytest.approx([8, 0, 16, 2])
+    assert c.n_iter == 10 and c.clock == 'epoch' and c.start == 'step'
 
 
 def test_mnist_defaults_are_the_papers():
     c = settings('--dataset', 'mnist', '--eps-sched', 'cosine')
-    assert (c.model, c.width, c.periods, c.batch_size, c.eps, c.eps_max) == ('lenet', 16, [100], 128, .4, pytest.approx(.6))
+    assert (c.model, c.width, c.periods, c.batch_size, c.eps, c.eps_max) \
+        == ('lenet', 16, [100], 128, .4, pytest.approx(.6))
     assert (c.optimizer, c.lr, c.lr_sched, c.weight_decay, c.augment, c.step_size, c.n_iter) \
         == ('adam', 1e-4, 'constant', 0, False, .01, 50)
     assert settings('--dataset', 'mnist', '--eps-sched', 'linear').eps_max == pytest.approx(.8)
 
 
 def test_flags_override_the_papers_settings():
-    c = settings('--dataset', 'cifar10', '--model', 'vgg', '--eps', '4/255', '--no-augment', '--periods', '3', '2', '--lr', '0')
-    assert (c.model, c.width, c.augment, c.periods, c.epochs, c.lr) == ('vgg', 8, False, [3, 2], 5, 0)
+    c = settings('--dataset', 'cifar10', '--model', 'vgg', '--eps', '4/255', '--no-augment',
+                 '--periods', '3', '2', '--lr', '0')
+    assert (c.model, c.width, c.augment, c.periods, c.epochs, c.lr) \
+        == ('vgg', 8, False, [3, 2], 5, 0)
     assert [255 * c.eps, 255 * c.step_size] == pytest.approx([4, 1])
     assert settings('--model', 'lenet', '--dataset', 'cifar10').width == 16
 
@@ -331,17 +356,17 @@ def test_flags_override_the_papers_settings():
 def test_every_flag_has_help(capsys):
     with pytest.raises(SystemExit, match='0'):
         train.parse(['--help'])
-    text = capsys.readouterr().out.partition('options:')[2]
-    entries = re.split(r'\n  (?=-)', text)[1:]
+    entries = re.split(r'\n  (?=-)', capsys.readouterr().out.partition('options:')[2])[1:]
     assert len(entries) > 25
-    assert all(re.search(r'  +[a-z]\S+ \S+', entry) for entry in entries)
+    assert all(re.search(r'(  |\n) +\S+ \S+', entry) for entry in entries)
 
 
 # Precision and compilation: the logic of the cuda paths, on the CPU
 
 @pytest.mark.parametrize('model', models.MODELS)
 @pytest.mark.parametrize('precision', ['bf16', 'tf32'])
-def test_every_model_trains_in_every_precision_and_is_measured_in_float32(tiny, tmp_path, monkeypatch, model, precision):
+def test_every_model_trains_in_every_precision_and_is_measured_in_float32(
+        tiny, tmp_path, monkeypatch, model, precision):
     seen = []
 
     def spy(net, x, *args, **rest):
@@ -350,19 +375,38 @@ def test_every_model_trains_in_every_precision_and_is_measured_in_float32(tiny, 
         return x
 
     monkeypatch.setattr(attack, 'pgd', spy)
-    train.main([*tiny, '--model', model, '--n-train', '16', '--batch-size', '16', '--n-eval', '4', '--epochs', '1', '--eps-sched', 'constant',
-                '--precision', precision, '--out', str(tmp_path / 'run')])
+    train.main([*tiny, '--model', model, '--n-train', '16', '--batch-size', '16', '--n-eval', '4',
+                '--epochs', '1', '--eps-sched', 'constant', '--precision', precision,
+                '--out', str(tmp_path / 'run')])
     inside = torch.bfloat16 if precision == 'bf16' else torch.float32
     assert seen == [(inside, True, torch.float32), (torch.float32, False, torch.float32)]
-    assert all(value.dtype in (torch.float32, torch.int64) for value in record.load(tmp_path / 'run/period1.pt').values())
+    assert all(value.dtype in (torch.float32, torch.int64)
+               for value in record.load(tmp_path / 'run/period1.pt').values())
 
 
 @pytest.mark.parametrize('model', models.MODELS)
 def test_compiling_changes_neither_names_nor_numbers(tiny, tmp_path, monkeypatch, model):
     compile_ = torch.compile
-    monkeypatch.setattr(torch, 'compile', lambda net: compile_(net, backend='eager'))  # the tracing, without a C++ compiler
-    argv = [*tiny, '--model', model, '--n-train', '40', '--batch-size', '16', '--n-eval', '4', '--epochs', '2']
-    for flags in (['--out', str(tmp_path / 'plain')], ['--out', str(tmp_path / 'compiled'), '--compile']):
+    # the tracing, without a C++ compiler
+    monkeypatch.setattr(torch, 'compile', lambda net: compile_(net, backend='eager'))
+    argv = [*tiny, '--model', model, '--n-train', '40', '--batch-size', '16', '--n-eval', '4',
+            '--epochs', '2']
+    for flags in (['--out', str(tmp_path / 'plain')],
+                  ['--out', str(tmp_path / 'compiled'), '--compile']):
         train.main([*argv, *flags])
     one, other = (record.load(tmp_path / name / 'period1.pt') for name in ('plain', 'compiled'))
-    assert list(one) == list(other) and all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+    assert list(one) == list(other)
+    assert all(torch.allclose(one[key], other[key], atol=1e-5) for key in one)
+
+
+def test_a_compiler_that_fails_is_named_with_the_way_out(tiny, tmp_path, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError('no compiler at hand')
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda net: compile_(net, backend=broken))
+    with pytest.raises(ValueError, match='--compile failed: .*no compiler at hand.* without it'):
+        train.main([*tiny, '--out', str(tmp_path / 'run'), '--compile'])
+    monkeypatch.undo()
+    train.main([*tiny, '--out', str(tmp_path / 'run')])
+    assert record.finished(tmp_path / 'run')
