@@ -124,8 +124,8 @@ def main(argv=None):
                 except RuntimeError as error:
                     if not args.compile:
                         raise
-                    reason = str(error).partition('\n')[0]
-                    raise ValueError(f'--compile failed: {reason}. The same command without it '
+                    reason = ' '.join(str(error).split()[:30])
+                    raise ValueError(f'--compile failed: {reason} ... The same command without it '
                                      'goes on') from None
                 seconds = round(time.monotonic() - start, 2)
                 log.append({'epoch': epoch + 1} | row | {'seconds': seconds})
