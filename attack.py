@@ -6,9 +6,9 @@ eps and step sizes are in the unit of x. The model runs in eval mode with frozen
 left as it was found, whatever happens. Any N will do: `batch_size` images pass through the model at
 a time.
 
-The random numbers of an image depend on `seed` and on its entry in `index` (its position in x
-unless given) and on nothing else: not on the batch size, the order, the device or the fate of other
-images.
+The random numbers of an image depend on the attack, on `seed` and on its entry in `index` (its
+position in x unless given) and on nothing else: not on the batch size, the order, the device or the
+fate of other images.
 
 All raise ValueError for images outside [0, 1], eps < 0, counts < 1 and logits that are nan.
 """
@@ -16,10 +16,15 @@ import contextlib
 import functools
 import inspect
 import math
+import zlib
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+
+
+class NotFiniteError(ValueError):
+    """A model returned nan, or its loss is nan or infinite."""
 
 
 @contextlib.contextmanager
@@ -86,7 +91,7 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
         rows = slice(i, i + batch_size)
         z = x_adv[rows]  # a view: steps in place are steps of x_adv
         low, high = box(x[rows], eps)
-        noise = uniform(seed, index[rows], x.shape[1:], x).mul_(2).sub_(1)
+        noise = uniform('pgd', seed, index[rows], x.shape[1:], x).mul_(2).sub_(1)
         z.add_(noise, alpha=width).clamp_(low, high)
         for _ in range(n_iter):
             loss, _, grad = loss_and_gradient(model, z, y[rows], cross_entropy)
@@ -115,7 +120,7 @@ def apgd(model, x, y, eps, n_iter=100, n_restarts=1, loss='ce', *, rho=.75, best
         best[~correct(model, x, y, batch_size)] = math.inf
     for restart in range(n_restarts):
         for rows in (best < math.inf).nonzero().squeeze(1).split(batch_size):
-            noise = uniform(seed, index[rows], x.shape[1:], x, stream=restart)
+            noise = uniform(f'apgd {loss}', seed, index[rows], x.shape[1:], x, restart)
             x_run, best_run = _apgd_run(model, x[rows], y[rows], eps, n_iter, LOSSES[loss], rho,
                                         best_loss, noise)
             better = best_run > best[rows]
@@ -188,41 +193,39 @@ def square(model, x, y, eps, n_queries=5000, p_init=.8, *, seed=0, index=None, b
     It starts from vertical stripes of +-eps (the first query). Each further query sets a window, at
     a random place and of a size that shrinks on a schedule (`square_side`), to +-eps in each
     channel, and is kept if the margin falls. An image misclassified from the start stays as it is;
-    one whose margin reaches 0 is done.
+    one that comes to be is done.
     """
     if not 0 < p_init <= 1:
         raise ValueError(f'square: p_init must be above 0 and at most 1, got {p_init}')
-    n, channels, height, width = x.shape
-    x_adv, margins = x.clone(), x.new_zeros(n)  # a margin of 0: done
+    def measure(x_adv, y):
+        logits = model(x_adv)
+        margins = margin(logits, y)
+        total.add_(margins.sum())
+        return margins.masked_fill(logits.argmax(1) != y, -math.inf)  # a misclassified one is done
+
+    channels, height, width = x.shape[1:]
+    x_adv, best, total = x.clone(), x.new_full((len(x),), -math.inf), x.new_zeros(())
     for rows in correct(model, x, y, batch_size).nonzero().squeeze(1).split(batch_size):
-        stripes = uniform(seed, index[rows], (channels, 1, width), x) < .5
+        stripes = uniform('square', seed, index[rows], (channels, 1, width), x, 1) < .5
         x_adv[rows] = torch.where(stripes, *box(x[rows], eps))
-        margins[rows] = margin(model(x_adv[rows]), y[rows])
-    refuse_nan(margins.sum())
-    query = 1
-    while query < n_queries:
-        standing = (margins > 0).nonzero().squeeze(1)
-        if len(standing) == 0:
-            break
-        # the images that are done leave between blocks
-        block = range(query + 1, min(query + 20, n_queries) + 1)
-        for rows in standing.split(batch_size):
-            x_rows, margin_rows, corners = x_adv[rows], margins[rows], box(x[rows], eps)
-            draws = uniform(seed, index[rows], (2 + channels,), x,
-                            stream=torch.tensor(block, device=x.device)[:, None])
+        best[rows] = measure(x_adv[rows], y[rows])
+    for start in range(2, n_queries + 1, 20):  # images that are done leave between blocks of 20
+        block = range(start, min(start + 20, n_queries + 1))
+        for rows in (best > -math.inf).nonzero().squeeze(1).split(batch_size):
+            x_rows, y_rows, best_rows, corners = x_adv[rows], y[rows], best[rows], box(x[rows], eps)
+            draws = uniform('square', seed, index[rows], (2 + channels,), x,
+                            torch.tensor(block, device=x.device)[:, None])
             for query, u in zip(block, draws):
                 side = square_side(query, p_init, height, width)
                 window = (inside(u[:, 0], side, height)[:, None, :, None]
                           & inside(u[:, 1], side, width)[:, None, None])
                 signed = torch.where(per_image(u[:, 2:] < .5), *corners)
                 x_new = torch.where(window, signed, x_rows)
-                margin_new = margin(model(x_new), y[rows])
-                better = (margin_new < margin_rows) & (margin_rows > 0)
-                x_rows = torch.where(per_image(better), x_new, x_rows)
-                margin_rows = torch.where(better, margin_new, margin_rows)
-            refuse_nan(margin_new.sum())
-            x_adv[rows], margins[rows] = x_rows, margin_rows
-        query = block[-1]
+                new = measure(x_new, y_rows)
+                x_rows = torch.where(per_image(new < best_rows), x_new, x_rows)
+                best_rows = torch.minimum(new, best_rows)
+            x_adv[rows], best[rows] = x_rows, best_rows
+    refuse_nan(total)
     return x_adv
 
 
@@ -246,6 +249,8 @@ ATTACKS = {
     'apgd100_dlr': functools.partial(apgd, n_iter=100, n_restarts=5, loss='dlr'),
     'square5k': functools.partial(square, n_queries=5000, p_init=.8),
 }
+TITLES = {'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100-CE',
+          'apgd100_dlr': 'APGD100-DLR', 'square5k': 'Square5K'}
 
 
 def predict(model, x, batch_size=250):
@@ -311,24 +316,32 @@ def per_image(values):
 
 
 def refuse_nan(total):
-    """ValueError if `total`, a sum over what the model returned, is nan."""
+    """NotFiniteError if `total`, a sum over what the model returned, is nan."""
     if total.isnan():
-        raise ValueError('the logits of the model are nan')
+        raise NotFiniteError('the logits of the model are nan')
 
 
-def uniform(seed, index, shape, like, stream=0):
+def uniform(name, seed, index, shape, like, stream=0):
     """Uniform numbers in [0, 1), (*index.shape, *shape), in the dtype and on the device of `like`.
 
-    Counter-based (Salmon et al. 2011): the numbers of an image are a pure function of seed, its
-    index and stream (the two may broadcast), so they are the same in any batch, order and device.
-    They are those of SplitMix64 (Steele et al. 2014), seeded by the three.
+    Counter-based (Salmon et al. 2011): they are a pure function of the name of who draws, the seed,
+    the image's index and the stream (these two may broadcast), so they are the same in any batch,
+    order and device. They are those of SplitMix64 (Steele et al. 2014), seeded by the four.
     """
-    key = torch.tensor(seed % 2 ** 63, device=like.device)
+    key = torch.tensor(derive(zlib.crc32(name.encode()), seed), device=like.device)
     for word in index, stream:
-        key = splitmix64(key) + word
+        key = splitmix64(key + word)
     counter = torch.arange(1, math.prod(shape) + 1, device=like.device)
-    bits = splitmix64(splitmix64(key)[..., None] + counter * -0x61C8864680B583EB)
+    bits = splitmix64(key[..., None] + counter * -0x61C8864680B583EB)
     return ((bits >> 40) & 0xFFFFFF).to(like.dtype).mul_(2 ** -24).reshape(*key.shape, *shape)
+
+
+def derive(*words):
+    """One seed, 0..2^63 - 1, from several whole numbers such as seed, epoch and batch."""
+    key = torch.tensor(0)
+    for word in words:
+        key = splitmix64(key + word % 2 ** 63) + 1
+    return key.item() % 2 ** 63
 
 
 def splitmix64(z):

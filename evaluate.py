@@ -23,8 +23,7 @@ import data
 import models
 import record
 
-TITLES = {'clean': 'clean', 'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100-CE',
-          'apgd100_dlr': 'APGD100-DLR', 'square5k': 'Square5K', 'worst': 'worst case'}
+TITLES = attack.TITLES | {'clean': 'clean', 'worst': 'worst case'}
 
 
 def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size):
@@ -36,10 +35,10 @@ def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size):
     def keep(key, correct, began, **made):
         right[key] = correct.cpu().numpy()
         columns[key] = summary(right[key], seconds=round(time.monotonic() - began, 1), **made)
-        of = [name for name in right if name != 'worst']
-        right['worst'] = np.logical_and.reduce([right[name] for name in of])
-        columns['worst'] = summary(right['worst'], settings={'of': '+'.join(of)})
-        record.replace(suffixed(out, '.npz'), lambda file: np.savez(file, index=index, **right))
+        worst = np.logical_and.reduce(list(right.values()))
+        columns['worst'] = summary(worst, settings={'of': '+'.join(right)})
+        record.replace(suffixed(out, '.npz'), lambda file: np.savez(file, index=index, worst=worst,
+                                                                    **right))
         record.save(suffixed(out, '.json'), result)
 
     columns, began = result['columns'], time.monotonic()
@@ -67,7 +66,10 @@ def progress(model, title, settings, n):
     passes = settings.get('n_queries') or settings['n_iter'] * settings.get('n_restarts', 1)
     with tqdm(desc=f'  {title}, at most', total=passes * n, unit=' images', unit_scale=True,
               leave=False, disable=None) as bar:
-        hook = model.register_forward_hook(lambda *call: bar.update(len(call[-1])))
+        def count(module, inputs, output):  # returns None: anything else would replace the output
+            bar.update(len(output))
+
+        hook = model.register_forward_hook(count)
         try:
             yield
         finally:
@@ -75,10 +77,15 @@ def progress(model, title, settings, n):
 
 
 def attacks_of(run, eps):
-    """key -> attack of Table 1 with all its settings; PGD's are those the run was trained with."""
-    scale = eps / run['eps'] if run['eps'] else 1.
-    steps = {'pgd': {'step_size': run['step_size'] * scale, 'n_iter': run['n_iter']},
-             'pgd100': {'step_size': data.paper(run['dataset'], eps)['pgd100_step_size']}}
+    """key -> attack of Table 1 with all its settings.
+
+    PGD is the attack of training; at a budget other than the run's it is the paper's for that one.
+    """
+    paper = data.paper(run['dataset'], eps)
+    trained = run if eps == run['eps'] else paper
+    steps = {'pgd': {'step_size': trained['step_size'], 'n_iter': trained['n_iter'],
+                     'start': eps if trained.get('start') == 'eps' else None},
+             'pgd100': {'step_size': paper['pgd100_step_size']}}
     return {key: functools.partial(run_attack, eps=eps, **steps.get(key, {}))
             for key, run_attack in attack.ATTACKS.items()}
 
@@ -95,7 +102,8 @@ def wilson(errors, n, z=1.959964):
     """95 % confidence interval of an error rate, `errors` of n, as fractions (Wilson 1927)."""
     p, shrink = errors / n, 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    return [(p + z * z / (2 * n) - half) / shrink, (p + z * z / (2 * n) + half) / shrink]
+    middle = p + z * z / (2 * n)
+    return [max(0., (middle - half) / shrink), min(1., (middle + half) / shrink)]
 
 
 def summary(right, **made):
@@ -128,23 +136,30 @@ def plan(paths, args):
     nets = [record.rebuild(file, config) for file, config in members]
     datasets = [config['dataset'] if config else models.dataset_of(net)
                 for net, (_, config) in zip(nets, members)]
+    if args.dataset:  # then a checkpoint outside of a run is of that dataset if its images fit
+        datasets = [name if config or models.SHAPES[name] != models.SHAPES[args.dataset]
+                    else args.dataset for name, (_, config) in zip(datasets, members)]
     if len(set(datasets)) > 1:
         raise ValueError('members of different datasets: ' + ', '.join(
             f'{members[datasets.index(name)][0]} of {name}' for name in sorted(set(datasets))))
     dataset = args.dataset or datasets[0]
     if models.SHAPES[dataset] != models.SHAPES[datasets[0]]:
         raise ValueError(f'{members[0][0]} takes the images of {datasets[0]}, not of {dataset}')
-    runs = [config for _, config in members if config] or [data.paper(dataset)]
-    if args.eps is None and len({run['eps'] for run in runs}) > 1:
-        raise ValueError('members trained for different budgets; say with --eps at which to attack')
+    runs = [config for _, config in members if config] or [data.paper(dataset, args.eps)]
+    for name in ('eps', 'step_size', 'n_iter'):
+        if args.eps is None and len({run[name] for run in runs}) > 1:
+            raise ValueError(f'members trained with different {name}: '
+                             f'{", ".join(str(run[name]) for run in runs)}; '
+                             'say with --eps at which budget to attack')
     eps = runs[0]['eps'] if args.eps is None else args.eps
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in members]
     folder = pathlib.Path(paths[0])
     if len(paths) > 1 or folder.is_file():
-        name = hashlib.sha256(''.join(digests).encode()).hexdigest()[:10]
+        name = hashlib.sha256(f'{sorted(digests)} {dataset} {eps}'.encode()).hexdigest()[:10]
         kind = 'ensemble' if len(members) > 1 else 'checkpoint'
         folder = pathlib.Path('evals', f'{kind}_{name}')
-    tags = {'n': args.n_examples, 'eps': args.eps, 'on': args.dataset, 'seed': args.seed or None}
+    tags = {'n': args.n_examples, 'eps': None if args.eps is None else f'{eps:.4g}',
+            'on': args.dataset, 'seed': args.seed or None}
     tags = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
     head = {'members': [str(file) for file, _ in members], 'digests': digests, 'dataset': dataset,
             'eps': eps, 'seed': args.seed}
@@ -153,16 +168,32 @@ def plan(paths, args):
     return model, attacks, head, folder / '_'.join(['evaluate', *tags])
 
 
-def kept(out, head):
-    """Result and arrays at `out`, if of the same checkpoints and images; else empty ones."""
+def kept(out, head, index):
+    """Result and arrays at `out`, if of the same checkpoints and images; else empty ones.
+
+    ValueError where the files are damaged or do not belong together.
+    """
     path = suffixed(out, '.json')
-    if path.exists():
-        result = record.load(path)
-        if all(result[key] == head[key] for key in head if key != 'members'):
-            with np.load(suffixed(out, '.npz')) as arrays:
-                return result, {key: arrays[key] for key in result['columns']}
-        print(f'{path} is of other checkpoints; it is replaced')
-    return head | {'sessions': [], 'columns': {}}, {}
+    if not path.exists():
+        return head | {'sessions': [], 'columns': {}}, {}
+    result = record.load(path)
+    try:
+        if any(result[key] != head[key] for key in head if key not in ('members', 'digests')) or (
+                sorted(result['digests']) != sorted(head['digests'])):
+            print(f'{path} is of other checkpoints; it is replaced')
+            return head | {'sessions': [], 'columns': {}}, {}
+        with np.load(suffixed(out, '.npz')) as arrays:
+            right = {key: arrays[key] for key in result['columns'] if key != 'worst'}
+            sound = np.array_equal(arrays['index'], index.numpy()) and all(
+                summary(right[key])['error'] == result['columns'][key]['error'] for key in right)
+    except Exception as error:  # damaged bytes make the readers raise nearly anything
+        sound, reason = False, f' ({type(error).__name__}: {error})'
+    else:
+        reason = ''
+    if not sound:
+        raise ValueError(f'{path} or its .npz is damaged{reason}; delete the two, '
+                         'and the attacks are run again')
+    return result, right
 
 
 def main(argv=None):
@@ -175,8 +206,8 @@ def main(argv=None):
         print(f'{suffixed(out, ".json")}: {" + ".join(head["members"])}\n'
               f'{len(index)} of {len(x)} test images of {head["dataset"]}, eps {head["eps"]:.4g}, '
               f'seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
-        with record.lock(out.parent), models.precision('fp32', args.device):
-            result, right = kept(out, head)
+        with record.lock(out.parent), models.tf32(False):
+            result, right = kept(out, head, index)
             session = record.describe(args.device)
             result['sessions'] += [session] * (session not in result['sessions'])
             model = model.to(args.device, memory_format=torch.channels_last)
@@ -202,7 +233,8 @@ def parse(argv):
         help="default: the run's; the paper's for a checkpoint outside of a run")
     add('--dataset', choices=data.SPLITS,
         help="default: the run's; mnist or cifar10, by shape, for a checkpoint outside of a run")
-    add('--seed', type=record.number(int, 0), default=0, help='of the attacks; default: 0')
+    add('--seed', type=record.number(int, 0, 2 ** 32 - 1), default=0,
+        help='of the attacks; default: 0')
     add('--batch-size', type=count, default=250,
         help='images in the model at a time; default: 250')
     record.add_machine_flags(parser)

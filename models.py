@@ -131,38 +131,47 @@ def recognise(state_dict):
     def shape(key):
         return getattr(state_dict.get(key), 'shape', (0, 0, 0, 0))
 
-    if 'fc1.weight' in state_dict:
-        out, channels = shape('conv1.weight')[:2]
-        model = LeNet(out // 2, channels, 4 * math.isqrt(shape('fc1.weight')[1] // max(2 * out, 1)))
-    elif 'feature_extractor.0.weight' in state_dict:
-        sizes = shape('feature_extractor.0.weight')
-        model = VGG(sizes[0] // 4, sizes[1])
-    elif 'layer1.0.conv1.weight' in state_dict:
-        model = ResNet18(shape('conv1.weight')[0] // 4, shape('conv1.weight')[1])
-    else:
-        raise ValueError(f'these are the parameters of none of {", ".join(MODELS)}: '
-                         f'{", ".join(list(state_dict)[:3])}, ...')
     try:
+        if 'fc1.weight' in state_dict:
+            out, channels = shape('conv1.weight')[:2]
+            model = LeNet(out // 2, channels, 4 * math.isqrt(shape('fc1.weight')[1] // (2 * out)))
+        elif 'feature_extractor.0.weight' in state_dict:
+            out, channels = shape('feature_extractor.0.weight')[:2]
+            model = VGG(out // 4, channels)
+        elif 'layer1.0.conv1.weight' in state_dict:
+            out, channels = shape('conv1.weight')[:2]
+            model = ResNet18(out // 4, channels)
+        else:
+            raise ValueError(f'these are the parameters of none of {", ".join(MODELS)}, but '
+                             f'{", ".join(list(state_dict)[:3]) or "nothing"}, ...')
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f'these parameters do not fit a {type(model).__name__}: {error}') from None
+    except (RuntimeError, IndexError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f'these parameters fit none of {", ".join(MODELS)}: {error}') from None
     return model
 
 
 def dataset_of(model):
-    """The dataset whose images `model` takes, as far as its first layer tells: mnist or cifar10."""
-    return {1: 'mnist', 3: 'cifar10'}[next(model.parameters()).shape[1]]
+    """The dataset whose images `model` takes, as far as its first layer tells: mnist or cifar10.
+
+    ValueError where it takes neither.
+    """
+    channels = next(model.parameters()).shape[1]
+    for name in 'mnist', 'cifar10':
+        if SHAPES[name][0] == channels and not (
+                isinstance(model, LeNet) and model.fc1.in_features != (
+                    model.conv2.out_channels * (SHAPES[name][1] // 4) ** 2)):
+            return name
+    raise ValueError(f'this network takes images of {channels} channels, unlike any dataset here')
 
 
 @contextlib.contextmanager
-def precision(kind, device):
-    """Inside, networks compute in 'fp32', 'tf32' (tensor cores, cuda only) or 'bf16' autocast."""
+def tf32(allowed):
+    """Inside, float32 products may or may not be rounded to TF32 on tensor cores (cuda only)."""
     saved = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision('highest' if kind == 'fp32' else 'high')
-    torch.backends.cudnn.allow_tf32 = kind != 'fp32'
+    torch.set_float32_matmul_precision('high' if allowed else 'highest')
+    torch.backends.cudnn.allow_tf32 = allowed
     try:
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=kind == 'bf16'):
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(saved[0])
         torch.backends.cudnn.allow_tf32 = saved[1]

@@ -9,13 +9,14 @@ import argparse
 import contextlib
 import datetime
 import fcntl
-import fractions
+import io
 import json
 import math
 import os
 import pathlib
 import pickle
 import platform
+import re
 import subprocess
 import sys
 
@@ -28,11 +29,17 @@ def replace(path, write):
     """Calls write(file) on a new binary file, then puts it at `path` in one step, safe on disk."""
     path = pathlib.Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    with open(temporary, 'wb') as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f'{path} could not be written ({error})') from None
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)
     os.close(folder)
@@ -42,7 +49,9 @@ def save(path, content):
     """Writes a .pt by `torch.save`, a list to .jsonl, one line an item, anything else as JSON."""
     path = pathlib.Path(path)
     if path.suffix == '.pt':
-        replace(path, lambda file: torch.save(content, file))
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        replace(path, lambda file: file.write(buffer.getbuffer()))
     elif path.suffix == '.jsonl':
         replace(path, lambda file: file.write(
             ''.join(json.dumps(row) + '\n' for row in content).encode()))
@@ -53,35 +62,38 @@ def save(path, content):
 def load(path):
     """What `save` wrote. ValueError, naming the file, if it is truncated or not plain data."""
     path = pathlib.Path(path)
-    try:
-        if path.suffix == '.json':
-            return json.loads(path.read_text())
-        if path.suffix == '.jsonl':
-            return [json.loads(line) for line in path.read_text().splitlines()]
-        # runs no code of a stranger's checkpoint
-        return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f'{path} is refused: it is damaged or no plain state_dict '
-                         '(only tensors are loaded, never code)') from None
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).partition('\n')[0] or 'it ends too soon'
-        raise ValueError(f'{path} is truncated or damaged: {reason}') from None
+    with open(path, 'rb') as file:
+        try:
+            if path.suffix == '.json':
+                return json.load(file)
+            if path.suffix == '.jsonl':
+                return [json.loads(line) for line in file]
+            # runs no code of a stranger's checkpoint
+            return torch.load(file, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError:
+            raise ValueError(f'{path} is refused: it is damaged or no plain state_dict '
+                             '(only tensors are loaded, never code)') from None
+        except Exception as error:  # damaged bytes make the readers raise nearly anything
+            reason = str(error).partition('\n')[0] or type(error).__name__
+            raise ValueError(f'{path} is truncated or damaged: {reason}') from None
 
 
 @contextlib.contextmanager
 def lock(folder):
     """Inside, `folder` (made if missing) is this process's; ValueError if another one has it."""
-    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with its owner
         except BlockingIOError:
             raise ValueError(f'{folder} is in use by another process; '
-                             'wait for it or choose another --out') from None
-        # of a process that was killed while it wrote
-        for leftover in pathlib.Path(folder).glob('.*.tmp'):
-            leftover.unlink()
+                             'wait for it or choose another folder') from None
+        for leftover in folder.iterdir():  # of a process that was killed while it wrote
+            if re.fullmatch(r'\.(config\.json|log\.jsonl|last\.pt|period\d+\.pt'
+                            r'|evaluate\S*\.(json|npz))\.\d+\.tmp', leftover.name):
+                leftover.unlink()
         yield
     finally:
         os.close(handle)
@@ -91,11 +103,12 @@ def start(folder, config, device):
     """Begins the run in `folder` or continues it if `config` (flag -> value) is what it began with.
 
     Returns the state in last.pt, None where the run is at its beginning. ValueError names the flags
-    that differ.
+    that differ, and files that are not this run's.
     """
-    path, session = pathlib.Path(folder) / 'config.json', describe(device)
-    if path.exists():
-        begun = load(path)
+    folder, session = pathlib.Path(folder), describe(device)
+    sessions = []
+    if (folder / 'config.json').exists():
+        begun = config_of(folder)
         changed = [flag for flag in config if begun.get(flag) != config[flag]]
         if changed:
             flags = ', '.join(f'--{flag.replace("_", "-")} {begun.get(flag)} (now {config[flag]})'
@@ -103,15 +116,31 @@ def start(folder, config, device):
             raise ValueError(f'{folder} was begun with {flags}; continue it with the same flags, '
                              'or name a new folder with --out')
         sessions = begun['sessions']
-    else:
-        if any(pathlib.Path(folder).iterdir()):
-            raise ValueError(f'{folder} holds files but no config.json, so it is no run; '
-                             'name another folder with --out')
-        sessions = []
-    if session not in sessions:
-        save(path, config | {'sessions': sessions + [session]})
-    last = pathlib.Path(folder) / 'last.pt'
-    return load(last) if last.exists() else None
+    elif any(folder.iterdir()):
+        raise ValueError(f'{folder} holds files but no config.json, so it is no run; '
+                         'name another folder with --out')
+    if session not in sessions and not (sessions and finished(folder)):
+        save(folder / 'config.json', config | {'sessions': sessions + [session]})
+    last = folder / 'last.pt'
+    if not last.exists():
+        return None
+    state = load(last)
+    if not isinstance(state, dict) or state.get('config') != config:
+        raise ValueError(f'{last} is not of this run; delete it, and the run begins again')
+    return state
+
+
+def config_of(folder):
+    """The config.json of the run in `folder`; ValueError if there is none, or none of a run."""
+    path = pathlib.Path(folder) / 'config.json'
+    if not path.exists():
+        raise ValueError(f'{folder} is no run: it has no config.json')
+    config = load(path)
+    needed = ('dataset', 'model', 'width', 'eps', 'eps_sched', 'periods', 'epochs', 'step_size',
+              'n_iter', 'seed', 'sessions')
+    if not isinstance(config, dict) or any(key not in config for key in needed):
+        raise ValueError(f'{path} is damaged; without it the run must begin again, elsewhere')
+    return config
 
 
 def describe(device):
@@ -131,10 +160,9 @@ def describe(device):
 
 
 def finished(folder):
-    """Whether all periods of the run in `folder` are over."""
-    folder = pathlib.Path(folder)
-    periods = load(folder / 'config.json')['periods']
-    return (folder / f'period{len(periods)}.pt').exists() and not (folder / 'last.pt').exists()
+    """Whether all periods of the run in `folder` are over, and their models there."""
+    periods = [folder / f'period{i + 1}.pt' for i in range(len(config_of(folder)['periods']))]
+    return all(path.exists() for path in periods) and not (folder / 'last.pt').exists()
 
 
 def members(path):
@@ -143,18 +171,15 @@ def members(path):
     A folder means the model at the end of each period: one, or the ensemble of a periodic run.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        config = config_of(path)
+        if not finished(path):
+            raise ValueError(f'{path} is not finished; continue it with the train.py command that '
+                             'began it, or name its checkpoints one by one')
+        return [(path / f'period{i + 1}.pt', config) for i in range(len(config['periods']))]
     if not path.exists():
         raise ValueError(f'{path} does not exist')
-    folder = path if path.is_dir() else path.parent
-    config = load(folder / 'config.json') if (folder / 'config.json').exists() else None
-    if path.is_file():
-        return [(path, config)]
-    if config is None:
-        raise ValueError(f'{path} is no run: it has no config.json')
-    if not finished(path):
-        raise ValueError(f'{path} is not finished; continue it with the train.py command that '
-                         'began it, or name its checkpoints one by one')
-    return [(path / f'period{i + 1}.pt', config) for i in range(len(config['periods']))]
+    return [(path, config_of(path.parent) if (path.parent / 'config.json').exists() else None)]
 
 
 def rebuild(path, config=None):
@@ -163,13 +188,17 @@ def rebuild(path, config=None):
     ValueError, naming the file, where it is no plain state_dict, does not fit, or is not finite.
     """
     state = load(path)
-    if (not isinstance(state, dict)
-            or not all(isinstance(value, torch.Tensor) for value in state.values())):
+    if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, torch.Tensor)
+            for key, value in state.items()):
         raise ValueError(f'{path} is no plain state_dict; '
                          'the checkpoints of a run are period1.pt, period2.pt, ...')
-    bad = [key for key, value in state.items() if not value.isfinite().all()]
-    if bad:
-        raise ValueError(f'{path} holds values that are not finite, in {bad[0]}')
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta or not (
+                value.is_floating_point() or key.endswith('num_batches_tracked')):
+            raise ValueError(f'{path} does not fit: {key} should be a plain tensor of floats')
+        if not value.float().isfinite().all():
+            raise ValueError(f'{path} holds values that are not finite, in {key}')
     try:
         if config is None:
             return models.recognise(state)
@@ -180,38 +209,44 @@ def rebuild(path, config=None):
         raise ValueError(f'{path} does not fit: {error}') from None
 
 
-def budget(text):
-    """A budget or step, '8/255' or '0.4' in the paper, as a fraction of the pixel range [0, 1]."""
-    try:
-        value = float(fractions.Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f'{text!r} is no number such as 8/255 or 0.4') from None
-    if not 0 <= value <= 1:
-        hint = f'; did you mean {text}/255?' if 1 < value <= 255 else ''
-        raise argparse.ArgumentTypeError(f'{text} is not in [0, 1], the range of a pixel{hint}')
-    return value
+def number(kind, least=None, most=None):
+    """A type for argparse: an int or a float, `kind`, within bounds; never nan or infinite."""
+    least = -1e9 if least is None else least
+    most = (2 ** 31 - 1 if kind is int else 1e9) if most is None else most
 
-
-def number(kind, least, most=math.inf):
-    """A type for argparse: an int or a float, `kind`, from `least` to `most`."""
     def convert(text):
         value = kind(text)
-        if not least <= value <= most or math.isinf(value):
-            bounds = f'at least {least}' if most == math.inf else f'between {least} and {most}'
-            raise argparse.ArgumentTypeError(f'{text} is not {bounds}')
+        if not least <= value <= most:
+            bound = f'at most {most}' if value > most else f'at least {least}'
+            raise argparse.ArgumentTypeError(f'{text} is not {bound}')
         return value
     convert.__name__ = kind.__name__
     return convert
 
 
-def device(text):
-    """A type for argparse: a device that this machine has, such as cpu, cuda or cuda:1."""
+def budget(text, least=0, most=1):
+    """A budget or step, '8/255' or '0.4' in the paper, as a fraction of the pixel range [0, 1]."""
+    numerator, _, denominator = text.partition('/')
     try:
-        torch.empty(0, device=text)
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f'{text!r} is no number such as 8/255 or 0.4') from None
+    if not least <= value <= most:
+        hint = f'; did you mean {text}/255?' if most < value <= 255 else ''
+        raise argparse.ArgumentTypeError(f'{text} is not in [{least}, {most}], in fractions of '
+                                         f'the range of a pixel{hint}')
+    return value
+
+
+def device(text):
+    """A type for argparse: a device that this machine has, cpu, cuda or cuda:1."""
+    try:
+        if torch.empty(0, device=text).device.type in ('cpu', 'cuda'):
+            return text
+        reason = 'only cpu and cuda are supported'
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f'{text} cannot be used here: {reason}') from None
-    return text
+    raise argparse.ArgumentTypeError(f'{text} cannot be used here: {reason}')
 
 
 def add_machine_flags(parser):

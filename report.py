@@ -10,31 +10,29 @@ import io
 import pathlib
 import statistics
 
+import attack
 import data
 import record
+import schedule
 
-COLUMNS = {'clean': 'clean', 'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100 CE',
-           'apgd100_dlr': 'APGD100 DLR', 'square5k': 'Square5K', 'worst': 'worst case'}
+COLUMNS = {'clean': 'clean', **attack.TITLES, 'worst': 'worst case'}
 MODELS = {'lenet': 'LeNet', 'vgg': 'VGG', 'resnet18': 'ResNet18'}
 
 
 def collect(folder):
     """Config, log and most complete evaluation (None if there is none) of the run in `folder`."""
     folder = pathlib.Path(folder)
-    if not (folder / 'config.json').exists():
-        raise ValueError(f'{folder} is no run: it has no config.json')
-    config = record.load(folder / 'config.json')
+    config = record.config_of(folder)
     results = [record.load(path) for path in folder.glob('evaluate*.json')]
     results = [result for result in results
                if (result['eps'], result['dataset']) == (config['eps'], config['dataset'])]
     log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
-    best = max(results, key=lambda result: (result['n'], len(result['columns'])), default=None)
+    best = max(results, key=lambda result: (len(result['columns']), result['n']), default=None)
     return config, log, best
 
 
 def notation(values):
-    """Percent of fractions as the paper prints them: 8.58(89) is 8.58 +- 0.89 over runs;
-    a single one has no deviation."""
+    """Percent of fractions as the paper prints them: 8.58(89) is 8.58 +- 0.89 over the runs."""
     mean = f'{100 * statistics.mean(values):.2f}'
     return mean if len(values) == 1 else f'{mean}({round(1e4 * statistics.stdev(values))})'
 
@@ -64,33 +62,49 @@ def describe(settings):
 
 
 def tables(folders):
-    """(config, result, rows) of each table; a row is
-    (what it is, number of runs, {column: fractions}, minutes, notes)."""
-    groups = {}
+    """(config, result, rows) of each table; a row: label and its runs, (config, log, result)."""
+    groups, seen = {}, {}
     for folder in folders:
         config, log, result = collect(folder)
         if result is None:
             print(f'{folder} is not evaluated yet, so it is left out')
             continue
         own = ('seed', 'eps_sched', 'eps_min', 'eps_max', 'periods', 'sessions')
-        size = str([(key, value) for key, value in config.items() if key not in own])
-        rows = groups.setdefault(size + str(result['n']), (config, result, {}))[2]
-        kind = len(config['periods']), config['eps_sched']
-        rows.setdefault(kind, []).append((config, log, result))
+        shared = {key: value for key, value in config.items() if key not in own}
+        attacks = {key: column.get('settings') for key, column in sorted(result['columns'].items())
+                   if key != 'worst'}
+        size = str((shared, attacks, result['n'], result['seed']))
+        rows = groups.setdefault(size, (config, result, {}))[2]
+        rows.setdefault(label(config), []).append((config, log, result))
+        other = seen.setdefault((size, label(config), config['seed']), folder)
+        if other is not folder:
+            raise ValueError(f'{other} and {folder} are one and the same run, of seed '
+                             f'{config["seed"]}; name it once')
     for config, result, rows in groups.values():
-        lines = []
-        for (periods, sched), runs in sorted(
-                rows.items(), key=lambda item: (item[0][0], item[0][1] != 'constant', item[0][1])):
-            name = sched + (f', {" + ".join(map(str, runs[0][0]["periods"]))} epochs, '
-                            f'ensemble of {periods}' if periods > 1 else '')
-            errors = {key: [run['columns'][key]['error'] for _, _, run in runs] for key in COLUMNS
-                      if all(key in run['columns'] for _, _, run in runs)}
-            minutes = sum(row['seconds'] for _, log, _ in runs for row in log) / 60 / len(runs)
-            collapsed = sum(log[-1]['predicted_classes'] == 1 for _, log, _ in runs if log)
-            notes = (f'{collapsed} of {len(runs)} collapsed to a constant classifier'
-                     if collapsed else '')
-            lines.append((name, len(runs), errors, minutes, notes))
-        yield config, result, lines
+        order = sorted(rows.items(), key=lambda item: (
+            len(item[1][0][0]['periods']), schedule.EPS_SCHEDS.index(item[1][0][0]['eps_sched'])))
+        yield config, result, order
+
+
+def label(config):
+    """What tells the runs of a table apart but for the seed: schedule and periods."""
+    text, sched, periods = config['eps_sched'], config['eps_sched'], config['periods']
+    usual = data.paper(config['dataset'], config['eps'])['eps_max'].get(sched)
+    if sched != 'constant' and (config['eps_min'], config['eps_max']) != (0, usual):
+        text += f' {config["eps_min"]:.4g} to {config["eps_max"]:.4g}'
+    if len(periods) > 1:
+        text += f', {" + ".join(map(str, periods))} epochs, ensemble of {len(periods)}'
+    return text
+
+
+def numbers(runs):
+    """Errors of each column, (runs,), minutes of training per run, and what else is to be said."""
+    errors = {key: [result['columns'][key]['error'] for _, _, result in runs] for key in COLUMNS
+              if key in runs[0][2]['columns']}
+    minutes = sum(row['seconds'] for _, log, _ in runs for row in log) / 60 / len(runs)
+    collapsed = sum(log[-1]['predicted_classes'] == 1 for _, log, _ in runs if log)
+    note = f'{collapsed} of {len(runs)} ended as a constant classifier' if collapsed else ''
+    return errors, minutes, note
 
 
 def main(argv=None):
@@ -105,13 +119,14 @@ def main(argv=None):
         text += head(config, result) + '\n\n'
         text += '| schedule | ' + ' | '.join(COLUMNS.values()) + ' | minutes | |\n'
         text += '|---' * (len(COLUMNS) + 3) + '|\n'
-        for name, n_runs, errors, minutes, notes in rows:
+        for name, runs in rows:
+            errors, minutes, note = numbers(runs)
             shown = [notation(errors[key]) if key in errors else 'missing' for key in COLUMNS]
-            text += f'| {name} | ' + ' | '.join(shown) + f' | {minutes:.1f} | {notes} |\n'
+            text += f'| {name} | ' + ' | '.join(shown) + f' | {minutes:.1f} | {note} |\n'
             means = [100 * statistics.mean(errors[key]) if key in errors else '' for key in COLUMNS]
             cells.append([config['dataset'], config['model'], config['width'], config['eps'],
-                          config['epochs'], result['n'], name, n_runs, *means,
-                          round(minutes, 2), notes])
+                          config['epochs'], result['n'], name, len(runs), *means,
+                          round(minutes, 2), note])
         sessions = {(s['commit'], s['torch'], s['device']) for s in result['sessions']}
         text += ''.join(f'\ncommit {commit}, torch {torch}, {device}'
                         for commit, torch, device in sorted(sessions, key=str)) + '\n\n'

@@ -1,25 +1,28 @@
 #!/usr/bin/env bash
 # The experiments. What a row does not say is train.py's default, which is the paper's.
 #
-#   bash run_all.sh          Table 1 of the paper: 15 settings x 3 seeds, for a GPU. SEEDS="0" for one seed, --cpu to insist.
-#   bash run_all.sh --quick  the main job in miniature, on 5,000 real digits, in minutes on two CPU cores
+#   bash run_all.sh          Table 1 of the paper: 15 settings x 3 seeds, for a GPU
+#   bash run_all.sh --quick  the main job in miniature, on 5,000 real digits, on two CPU cores
 #   bash run_all.sh --test   the tests
 #
-# Each sets itself up: the packages of $PYTHON (default: python3) if they are there, else a .venv made here. Finished work
-# is skipped and interrupted work continued, so the same command may be given again at any time.
+# Each sets itself up: the packages of $PYTHON (default: python3) if they are there, else a .venv
+# made here. Finished work is skipped and interrupted work goes on, so it may be given again.
+# SEEDS="0" runs one seed, DATA_DIR=... holds mnist.npz and cifar10.npz, --cpu insists without GPU.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
 
 main() {
+    [[ $# -le 1 ]] || fail "one word at most, got: $*"
     case "${1:-}" in
         --quick) setup; quick ;;
         --test)  setup; "$python" -m pytest -q tests ;;
         '')      setup
-                 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || fail "no GPU here, and Table 1 needs" \
-                     "weeks on a CPU. bash run_all.sh --quick takes minutes; bash run_all.sh --cpu begins all the same"
+                 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
+                     fail "no GPU here, and Table 1 needs months on a few CPU cores. Use" \
+                          "--quick, which takes minutes, or --cpu to begin all the same"
                  table1 ;;
         --cpu)   setup; table1 ;;
-        *)       sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; [[ "$1" == --help || "$1" == -h ]] || fail "'$1' is unknown" ;;
+        *)       sed -n '2,10s/^# \{0,1\}//p' run_all.sh
+                 [[ "$1" == --help || "$1" == -h ]] || fail "'$1' is unknown" ;;
     esac
 }
 
@@ -29,8 +32,9 @@ table1() {
         for sched in constant cosine linear; do
             job mnist_lenet_${sched}_s$seed --dataset mnist --eps-sched $sched --seed $seed
             for model in vgg resnet18; do
-                job cifar10_${model}_${sched}_s$seed          --dataset cifar10 --model $model --eps-sched $sched --seed $seed
-                job cifar10_${model}_${sched}_periodic_s$seed --dataset cifar10 --model $model --eps-sched $sched --seed $seed --periodic
+                local row=(--dataset cifar10 --model $model --eps-sched $sched --seed $seed)
+                job cifar10_${model}_${sched}_s$seed "${row[@]}"
+                job cifar10_${model}_${sched}_periodic_s$seed "${row[@]}" --periodic
             done
         done
     done
@@ -43,31 +47,37 @@ quick() {
                      --step-size 0.07 --n-iter 7 --n-eval 100)
     examples=(--n-examples 100)
     for sched in constant cosine linear; do
-        job quick/$sched "${row[@]}" --eps-sched $sched
+        job quick_$sched "${row[@]}" --eps-sched $sched
     done
-    job quick/linear_periodic "${row[@]}" --eps-sched linear --periodic
+    job quick_linear_periodic "${row[@]}" --eps-sched linear --periodic
     "$python" report.py "${jobs[@]}" --out results/quick
 }
 
 jobs=() examples=()
 job() {  # NAME FLAGS...: a run and what is computed from it
-    local run=ckpts/$1
-    "$python" train.py --out "$run" "${@:2}"
-    "$python" evaluate.py "$run" ${examples[@]+"${examples[@]}"}
+    local run=ckpts/$1 data=${DATA_DIR:-data}
+    "$python" train.py --out "$run" --data-dir "$data" "${@:2}"
+    "$python" evaluate.py "$run" --data-dir "$data" ${examples[@]+"${examples[@]}"}
     jobs+=("$run")
 }
 
 setup() {
-    python=${PYTHON:-python3}
-    local packages='import torch, torchvision, numpy, matplotlib, tqdm, mlxtend, pytest'
-    command -v "$python" > /dev/null || fail "$python is not installed; Python 3.10 or newer is needed (PYTHON=/path/to/python3 names another)"
+    local name=${PYTHON:-python3} hint='(PYTHON=/path/to/python3 names another)'
+    python=$(cd "$started" && command -v "$name") ||
+        fail "$name is not installed; Python 3.10 or newer is needed $hint"
+    [[ "$python" != */* || "$python" == /* ]] || python=$started/$python
+    "$python" -c '' || fail "$name does not run $hint"
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "$("$python" --version 2>&1) is too old; Python 3.10 or newer is needed (PYTHON=/path/to/python3 names another)"
+        fail "$("$python" --version 2>&1) is too old; Python 3.10 or newer is needed $hint"
+    local packages='import torch, torchvision, numpy, matplotlib, tqdm, mlxtend, pytest
+assert tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 11)'
     if "$python" -c "$packages" 2> /dev/null; then return; fi
     if ! .venv/bin/python -c "$packages" 2> /dev/null; then
         echo 'setting up .venv from requirements.txt: some minutes, some GB'
-        "$python" -m venv .venv || fail "no venv could be made; on Debian and Ubuntu: apt-get install python3-venv"
-        .venv/bin/python -m pip install --quiet -r requirements.txt
+        "$python" -m venv --clear .venv ||
+            fail "no .venv could be made; on Debian and Ubuntu: apt-get install python3-venv"
+        .venv/bin/python -m pip install --quiet -r requirements.txt ||
+            fail "the packages of requirements.txt could not be installed; is there a network?"
     fi
     python=.venv/bin/python
 }
@@ -77,4 +87,6 @@ fail() {
     exit 1
 }
 
+started=$PWD
+cd "$(dirname "${BASH_SOURCE[0]}")"
 main "$@"

@@ -6,6 +6,7 @@ bit-identical to an uninterrupted one: every random number is a function of seed
 Budgets are typed as fractions of the pixel range, 8/255 or 0.4.
 """
 import argparse
+import functools
 import math
 import os
 import pathlib
@@ -30,23 +31,23 @@ def train_epoch(net, optimizer, x, y, c, epoch, bar):
     """
     net.train()
     loss_sum, errors, seen, n_batches = 0., 0, 0, math.ceil(len(x) / c.batch_size)
-    generator = torch.Generator().manual_seed((c.seed << 20) + epoch)
+    generator = torch.Generator().manual_seed(attack.derive(c.seed, epoch))
     for i, (x_batch, y_batch) in enumerate(data.batches(x, y, c.batch_size, generator, c.augment)):
         t = schedule.progress(epoch + (i / n_batches if c.clock == 'batch' else 0), c.periods)
         eps = schedule.eps_at(t, c.eps_sched, c.eps, c.eps_min, c.eps_max)
         lr = schedule.lr_at(t, c.lr_sched, c.lr, c.lr_warmup)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        with models.precision(c.precision, x.device):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=c.precision == 'bf16'):
             if eps >= 1e-6:  # below is clean training, as in the paper's code
                 x_batch = attack.pgd(
                     net, x_batch, y_batch, eps, c.step_size * eps / c.eps, c.n_iter,
                     start=eps if c.start == 'eps' else None,
-                    seed=(c.seed << 40) + (epoch << 20) + i, batch_size=len(x_batch))
+                    seed=attack.derive(c.seed, epoch, i), batch_size=len(x_batch))
             logits = net(x_batch)
             loss = F.cross_entropy(logits, y_batch)
         if not loss.isfinite():
-            raise ValueError(f'the loss became {loss.item()}')
+            raise attack.NotFiniteError(f'the loss became {loss.item()}')
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -62,17 +63,17 @@ def train_epoch(net, optimizer, x, y, c, epoch, bar):
 
 
 def test(model, x, y, index, c):
-    """Clean and robust error at the *target* eps, in float32: reported, never used to select."""
+    """Clean and robust error at the *target* eps: reported, never used to select."""
     if len(x) == 0:
         return {'clean_error': None, 'robust_error': None, 'predicted_classes': None}
-    with models.precision('fp32', x.device):
-        predicted = attack.predict(model, x)
-        x_adv = attack.pgd(model, x, y, c.eps, c.step_size, c.n_iter, index=index)
-        wrong = predicted != y
-        fooled = wrong | ~attack.correct(model, x_adv, y)
+    predicted = attack.predict(model, x)
+    x_adv = attack.pgd(model, x, y, c.eps, c.step_size, c.n_iter, index=index,
+                       start=c.eps if c.start == 'eps' else None)
+    wrong = predicted != y
+    fooled = wrong | ~attack.correct(model, x_adv, y)
     return {'clean_error': wrong.sum().item() / len(y),
             'robust_error': fooled.sum().item() / len(y),
-            'predicted_classes': len(predicted.unique())}
+            'predicted_classes': len(predicted.unique()) if len(y) >= 50 else None}
 
 
 def main(argv=None):
@@ -99,8 +100,13 @@ def main(argv=None):
             print(f'{folder} is finished, all {c.epochs} epochs: nothing to do. '
                   f'Next: python evaluate.py {folder}')
             return
+        missing = [f'period{k + 1}.pt' for k, end in enumerate(ends) if state is not None
+                   and end <= len(state['log']) and not (folder / f'period{k + 1}.pt').exists()]
+        if missing or state is None and (folder / 'log.jsonl').exists():
+            print(f'{folder}: {", ".join(missing) or "last.pt"} is missing; it begins again')
+            state = None
         log = []
-        if state:
+        if state is not None:
             model.load_state_dict(state['model'])
             optimizer.load_state_dict(state['optimizer'])
             log = state['log']
@@ -114,9 +120,11 @@ def main(argv=None):
             while len(log) < c.epochs:
                 epoch, start = len(log), time.monotonic()
                 try:
-                    row = train_epoch(net, optimizer, x, y, c, epoch, bar)
-                    row |= test(model, x_test, y_test, index, c)
-                except ValueError as error:
+                    with models.tf32(c.precision != 'fp32'):
+                        row = train_epoch(net, optimizer, x, y, c, epoch, bar)
+                    with models.tf32(False):
+                        row |= test(model, x_test, y_test, index, c)
+                except attack.NotFiniteError as error:
                     raise ValueError(
                         f'{folder}, epoch {epoch + 1}: {error}. The {epoch} epochs before are '
                         f'kept. Try a smaller --lr than {c.lr:g} or a warm-up, with a new --out'
@@ -137,8 +145,9 @@ def main(argv=None):
                     (folder / 'last.pt').unlink(missing_ok=True)
                     break
                 record.save(folder / 'last.pt', {
-                    'model': model.state_dict(), 'optimizer': optimizer.state_dict(), 'log': log})
-                if args.minutes and time.monotonic() - began > 60 * args.minutes:
+                    'config': vars(c), 'model': model.state_dict(),
+                    'optimizer': optimizer.state_dict(), 'log': log})
+                if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
                     break
     if len(log) < c.epochs:
         print(f'{folder}: stopped after epoch {len(log)} of {c.epochs} for --minutes '
@@ -155,8 +164,7 @@ def line(row, c):
         text += f', test {row["robust_error"]:.1%}  clean error {row["clean_error"]:.1%}'
     text += f'  {row["seconds"]:.0f} s'
     if row['predicted_classes'] == 1:
-        text += ('\n  collapsed: a constant classifier, one class for every test image '
-                 '(sections 3.1 and 4.1 of the paper)')
+        text += '  collapsed: a constant classifier, one class for every test image'
     return text
 
 
@@ -186,6 +194,9 @@ def settings(args):
     if paper['eps'] > 0 and args.step_size == 0:
         raise ValueError('--step-size must be above 0')
     eps_max = paper['eps'] if args.eps_sched == 'constant' else paper['eps_max'][args.eps_sched]
+    if given('eps_max', eps_max) < args.eps_min:
+        raise ValueError(f'--eps-min {args.eps_min:g} is above --eps-max '
+                         f'{given("eps_max", eps_max):g}')
     of_the_paper = {name: given(name, paper[name]) for name in (
         'batch_size', 'optimizer', 'lr', 'lr_sched', 'momentum', 'weight_decay', 'augment',
         'step_size', 'n_iter')}
@@ -201,20 +212,21 @@ def parse(argv):
     """The command line."""
     number, budget = record.number, record.budget
     count, rate, share = number(int, 1), number(float, 0), number(float, 0, 1)
+    ramp = functools.partial(budget, least=-2, most=2)
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--dataset', choices=data.SPLITS, default='mnist5k',
         help='default: mnist5k, which needs no download')
     add('--model', choices=models.MODELS, help='default: lenet for MNIST, resnet18 for CIFAR10')
-    add('--width', type=count,
+    add('--width', type=number(int, 1, 1024),
         help='width factor of the model; default: 16 for lenet, 8 for vgg and resnet18')
     add('--eps', type=budget, help='target budget; default: 0.4 for MNIST, 8/255 for CIFAR10')
     add('--eps-sched', choices=schedule.EPS_SCHEDS, default='constant',
         help='budget over a period (Eq. 5); default: constant')
-    add('--eps-min', type=float, default=0.,
+    add('--eps-min', type=ramp, default=0.,
         help='where linear and cosine begin, clipped to [0, eps]; default: 0')
-    add('--eps-max', type=float, help='where they would end, clipped likewise; default: 2 eps, '
+    add('--eps-max', type=ramp, help='where they would end, clipped likewise; default: 2 eps, '
         'but 1.5 eps for cosine on MNIST')
     add('--epochs', type=count, help='default: 100 for MNIST, 200 for CIFAR10')
     add('--periodic', action='store_true',
@@ -244,8 +256,9 @@ def parse(argv):
     add('--n-eval', type=number(int, 0), default=1000,
         help='so many test images for the errors after each epoch; default: 1000')
     add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32',
-        help='of the training step; errors are always measured in fp32; default: fp32')
-    add('--seed', type=number(int, 0), default=0,
+        help='of the training step, its attack included; errors are always measured in fp32; '
+        'default: fp32')
+    add('--seed', type=number(int, 0, 2 ** 32 - 1), default=0,
         help='of initialisation, data order and attacks; default: 0')
     add('--minutes', type=rate,
         help='stop cleanly after the epoch that passes so many minutes, to be continued later')

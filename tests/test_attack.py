@@ -1,4 +1,5 @@
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -60,16 +61,15 @@ def test_splitmix64_gives_the_published_numbers_of_seed_1234567():
 
 def test_random_numbers_of_an_image_depend_on_nothing_but_seed_index_and_stream():
     like, index = torch.zeros(1), torch.arange(50)
-    u = attack.uniform(3, index, (1, 2, 5), like, stream=7)
+    u = attack.uniform('pgd', 3, index, (1, 2, 5), like, 7)
     some = torch.tensor([41, 3, 17])
-    assert torch.equal(attack.uniform(3, some, (1, 2, 5), like, stream=7), u[some])
-    both = attack.uniform(3, index, (1, 2, 5), like, stream=torch.tensor([[6], [7]]))
+    assert torch.equal(attack.uniform('pgd', 3, some, (1, 2, 5), like, 7), u[some])
+    both = attack.uniform('pgd', 3, index, (1, 2, 5), like, torch.tensor([[6], [7]]))
     assert torch.equal(both[1], u) and not torch.equal(both[0], u)
-    assert not torch.equal(attack.uniform(4, index, (1, 2, 5), like, stream=7), u)
 
 
 def test_random_numbers_are_uniform_and_uncorrelated():
-    u = attack.uniform(0, torch.arange(300), (1000,), torch.zeros(1, dtype=torch.double))
+    u = attack.uniform('pgd', 0, torch.arange(300), (1000,), torch.zeros(1, dtype=torch.double))
     assert 0 <= u.min() and u.max() < 1
     counts = torch.histc(u, 100, 0, 1)
     # chi-squared with 99 degrees of freedom: 150 is p < 0.001
@@ -77,6 +77,20 @@ def test_random_numbers_are_uniform_and_uncorrelated():
     z = (u - .5) * math.sqrt(12)
     for a, b in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1])):  # between neighbouring images and numbers
         assert abs((a * b).mean()) < 4 / math.sqrt(a.numel())
+
+
+def test_attacks_losses_seeds_and_restarts_share_no_random_numbers():
+    draws = [attack.uniform(name, seed, torch.arange(20), (500,), torch.zeros(1), stream).flatten()
+             for name in ('pgd', 'apgd ce', 'apgd dlr', 'square')
+             for seed in (0, 1, 2, 1 << 20, 1 << 40) for stream in (0, 1, 2)]
+    correlation = torch.corrcoef(torch.stack(draws)) - torch.eye(len(draws))
+    assert correlation.abs().max() < 6 / 100  # six deviations of 1 / sqrt(20 * 500)
+
+
+def test_derived_seeds_are_distinct_down_to_their_32_bits():
+    seeds = {attack.derive(*words) % 2 ** 32 for words in itertools.product(
+        (0, 1, 2, 4096, 2 ** 32 - 1), range(20), range(20))}
+    assert len(seeds) == 5 * 20 * 20
 
 
 # Closed forms on linear classifiers
@@ -245,22 +259,23 @@ class Nan(nn.Module):
         return x.flatten(1)[:, :10] * math.nan
 
 
-class NanLater(nn.Module):
-    """Sound on clean images, nan on others: what a check of the first logits alone would miss."""
+class NanOnce(nn.Module):
+    """Returns nan in its `when`-th pass only."""
 
-    def __init__(self, x):
+    def __init__(self, when):
         super().__init__()
-        self.x = x
+        self.when = when
 
     def forward(self, x):
+        self.when -= 1
         logits = x.flatten(1)[:, :10] + 5 * F.one_hot(torch.zeros(len(x), dtype=torch.long), 10)
-        return logits if torch.equal(x, self.x) else logits * math.nan
+        return logits * math.nan if self.when == 0 else logits
 
 
 @each
 def test_nan_logits_are_refused(run):
     x, y = images(4), torch.zeros(4, dtype=torch.long)
-    for model in (Nan(), NanLater(x)):
+    for model in (Nan(), NanOnce(1), NanOnce(2), NanOnce(7)):
         with pytest.raises(ValueError, match='nan'):
             run(model, x, y, .1)
 
@@ -375,22 +390,39 @@ def apgd_of_one_image(f, x, start, eps, n_iter, rho=.75):
     return x_max, f_max, halvings
 
 
-def test_apgd_follows_algorithm_1_of_its_paper():
+def ratio_by_sorting(logits, y):
+    """DLR of one image by sorting in plain Python."""
+    z = logits[0].tolist()
+    first, _, third = sorted(z, reverse=True)[:3]
+    others = max(value for i, value in enumerate(z) if i != y)
+    return (others - z[y]) / (first - third)
+
+
+@pytest.mark.parametrize('loss', ['ce', 'dlr'])
+def test_apgd_follows_algorithm_1_of_its_paper(loss):
     model, x, eps, n_iter = lenet(), images(12), .2, 100
     y = model(x).argmax(1)
-    noise = 2 * attack.uniform(5, torch.arange(12), (1, 28, 28), x) - 1
-    ours = attack.apgd(model, x, y, eps, n_iter, best_loss=True, seed=5, batch_size=5)
+    noise = 2 * attack.uniform(f'apgd {loss}', 5, torch.arange(12), (1, 28, 28), x) - 1
+    ours = attack.apgd(model, x, y, eps, n_iter, loss=loss, best_loss=True, seed=5, batch_size=5)
     halvings = 0
     for i in range(12):
         def f(z):
             z = torch.from_numpy(z)[None].requires_grad_()
-            loss = F.cross_entropy(model(z), y[i:i + 1])
-            return loss.item(), torch.autograd.grad(loss, z)[0][0].numpy()
+            logits = model(z)
+            if loss == 'ce':
+                value = F.cross_entropy(logits, y[i:i + 1])
+            else:
+                a, b, c = logits[0].topk(3).indices
+                best_other = b if a == y[i] else a
+                gap = logits[0, a] - logits[0, c] + 1e-12
+                value = (logits[0, best_other] - logits[0, y[i]]) / gap
+                assert value.item() == pytest.approx(ratio_by_sorting(logits, y[i]))
+            return value.item(), torch.autograd.grad(value, z)[0][0].numpy()
 
         start = (x[i] + eps * noise[i] / noise[i].abs().max()).clamp(0, 1).numpy()
         x_max, f_max, halved = apgd_of_one_image(f, x[i].numpy(), start, eps, n_iter)
         assert np.allclose(ours[i].numpy(), x_max, atol=1e-9)
-        assert F.cross_entropy(model(ours[i:i + 1]), y[i:i + 1]).item() == pytest.approx(f_max)
+        assert f(ours[i].numpy())[0] == pytest.approx(f_max)
         halvings += halved
     assert halvings > 12  # the rule was put to work
 
@@ -509,6 +541,23 @@ def test_square_never_raises_the_margin():
     margins = [attack.margin(model(attack.square(model, x, y, .02, n)), y) for n in (1, 10, 100)]
     assert (margins[1] <= margins[0]).all() and (margins[2] <= margins[1]).all()
     assert (margins[2] < margins[0]).any()
+
+
+def test_square_goes_on_where_a_tie_still_counts_as_correct():
+    """Saturated members that disagree tie, and argmax then takes the first class, the right one."""
+    class Member(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.bias = bias
+
+        def forward(self, x):
+            z = 25 * torch.sign(x.mean((1, 2, 3)) - self.bias)
+            return torch.stack([-z, z], 1)
+
+    model, x = models.Ensemble([Member(.5), Member(.51), Member(.55)]), .49 + 0 * images(60).float()
+    y = torch.zeros(60, dtype=torch.long)
+    assert attack.correct(model, x, y).all() and not attack.correct(model, x + .1, y).any()
+    assert not attack.correct(model, attack.square(model, x, y, .1, 500), y).any()
 
 
 def test_square_needs_no_gradient():

@@ -1,12 +1,15 @@
+import functools
 import os
 import pathlib
 import pickle
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import attack
 import data
@@ -128,10 +131,11 @@ def test_another_budget_is_kept_apart(copies, here):
         evaluate.main([*here, str(copies / 'single'), *FEW, *flags])
     found = {path.name: record.load(path) for path in (copies / 'single').glob('evaluate*.json')}
     assert set(found) == {'evaluate_n40.json', 'evaluate_n40_eps0.05.json',
-                          'evaluate_n40_eps0.0.json'}
+                          'evaluate_n40_eps0.json'}
     pgd = {name: result['columns']['pgd'] for name, result in found.items()}
-    assert pgd['evaluate_n40_eps0.05.json']['settings']['step_size'] == pytest.approx(.05)
-    columns = found['evaluate_n40_eps0.0.json']['columns']
+    # at a budget that is not the run's, PGD is the paper's: steps of 0.01, eps / 0.01 + 10 of them
+    assert pgd['evaluate_n40_eps0.05.json']['settings'] == {'step_size': .01, 'n_iter': 15}
+    columns = found['evaluate_n40_eps0.json']['columns']
     assert columns['pgd']['error'] == columns['clean']['error'] < pgd['evaluate_n40.json']['error']
 
 
@@ -225,6 +229,11 @@ def test_members_of_different_datasets_are_refused_by_name(copies, here):
     torch.save(models.build('resnet18', 'cifar10', 1).state_dict(), 'color.ckpt')
     with pytest.raises(ValueError, match='color.ckpt of cifar10, .*single.* of mnist5k'):
         evaluate.main([*here, '--ensemble', str(copies / 'single'), 'color.ckpt', *FEW])
+    shutil.copy(copies / 'triple/period1.pt', 'bare.ckpt')  # by its shape alone it could be MNIST's
+    with pytest.raises(ValueError, match='bare.ckpt of mnist, .* of mnist5k'):
+        evaluate.main([*here, '--ensemble', str(copies / 'single'), 'bare.ckpt', *FEW])
+    argv = [*here, '--ensemble', str(copies / 'single'), 'bare.ckpt', *FEW]
+    evaluate.main([*argv, '--dataset', 'mnist5k'])
     with pytest.raises(ValueError, match='color.ckpt .* not of mnist5k'):
         evaluate.main([*here, 'color.ckpt', '--dataset', 'mnist5k', *FEW])
 
@@ -236,6 +245,9 @@ def test_members_of_different_budgets_need_a_word(copies, here):
     with pytest.raises(ValueError, match='--eps'):
         evaluate.main(argv)
     evaluate.main([*argv, '--eps', '0.1'])
+    record.save(copies / 'triple/config.json', config | {'n_iter': 3})
+    with pytest.raises(ValueError, match='different n_iter: 2, 3'):
+        evaluate.main(argv)
 
 
 @pytest.mark.parametrize('path, message', [
@@ -271,7 +283,8 @@ def test_the_interval_is_wilsons():
     # worked by hand for 1 of 10: (0.1 + 0.19207 +- 1.96 * sqrt(0.009 + 0.009604)) / 1.38415
     assert evaluate.wilson(1, 10) == pytest.approx([.01788, .40416], abs=2e-4)
     low, high = evaluate.wilson(0, 100)
-    assert low == pytest.approx(0, abs=1e-12) and high > .03
+    assert low == 0 and .03 < high < .04
+    assert evaluate.wilson(100, 100)[1] == 1
 
 
 def test_evaluation_computes_in_float32(copies, here, monkeypatch):
@@ -281,3 +294,78 @@ def test_evaluation_computes_in_float32(copies, here, monkeypatch):
                                      torch.backends.cudnn.allow_tf32, model(x).dtype)) or x)
     evaluate.main([*here, str(copies / 'single'), '--attacks', 'pgd', '--n-examples', '10'])
     assert seen == [('highest', False, torch.float32)]
+
+
+def test_a_progress_bar_counts_images_and_changes_nothing(copies, here, monkeypatch, capsys):
+    plain = [*here, str(copies / 'single'), *FEW]
+    evaluate.main(plain)
+    one = result_of(copies / 'single')[1]
+    (copies / 'single/evaluate_n40.json').unlink()
+    monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
+    monkeypatch.setattr(evaluate, 'tqdm', functools.partial(tqdm, mininterval=0))
+    capsys.readouterr()
+    evaluate.main(plain)
+    assert 'PGD100, at most' in capsys.readouterr().err  # the bar was shown, at each pass
+    other = result_of(copies / 'single')[1]
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
+def test_the_seed_reaches_the_attacks_and_the_name_of_the_result(copies, here, monkeypatch):
+    seen = []
+    monkeypatch.setitem(attack.ATTACKS, 'pgd', lambda model, x, y, eps, step_size, n_iter, **rest:
+                        seen.append(rest['seed']) or x)
+    for seed in '03':
+        evaluate.main([*here, str(copies / 'single'), '--attacks', 'pgd', '--seed', seed])
+    assert seen == [0, 3]
+    assert sorted(path.name for path in (copies / 'single').glob('*.npz')) \
+        == ['evaluate.npz', 'evaluate_seed3.npz']
+
+
+def test_pgd_starts_as_it_did_in_training(copies, here):
+    config = record.load(copies / 'single/config.json')
+    record.save(copies / 'single/config.json', config | {'start': 'eps'})
+    evaluate.main([*here, str(copies / 'single'), *FEW])
+    columns = result_of(copies / 'single')[0]['columns']
+    assert columns['pgd']['settings'] == {'step_size': .1, 'n_iter': 2, 'start': .1}
+    assert columns['pgd100']['settings'] == {'step_size': .01, 'n_iter': 100}
+
+
+def test_a_checkpoint_cut_anywhere_is_refused_by_name(copies):
+    whole = (copies / 'single/period1.pt').read_bytes()
+    for length in [*range(0, len(whole), len(whole) // 40), len(whole) - 1]:
+        pathlib.Path('cut.pt').write_bytes(whole[:length])
+        with pytest.raises(ValueError, match='cut.pt is (truncated|refused)'):
+            record.rebuild('cut.pt')
+
+
+def spoil_npz(folder):
+    with np.load(folder / 'evaluate_n40.npz') as arrays:
+        changed = dict(arrays) | {'pgd': np.ones(40, bool)}
+    np.savez(folder / 'evaluate_n40.npz', **changed)
+
+
+@pytest.mark.parametrize('spoil', [
+    lambda folder: (folder / 'evaluate_n40.json').write_text('{}'),
+    lambda folder: (folder / 'evaluate_n40.json').write_text('[1'),
+    lambda folder: (folder / 'evaluate_n40.npz').write_bytes(b''),
+    lambda folder: (folder / 'evaluate_n40.npz').write_bytes(b'PK'),
+    lambda folder: (folder / 'evaluate_n40.npz').unlink(), spoil_npz])
+def test_a_damaged_result_is_refused_by_name_with_the_way_out(copies, here, spoil):
+    evaluate.main([*here, str(copies / 'single'), *FEW])
+    spoil(copies / 'single')
+    with pytest.raises(ValueError, match='single/evaluate_n40.json .*damaged'):
+        evaluate.main([*here, str(copies / 'single'), *FEW])
+    for path in (copies / 'single').glob('evaluate*'):
+        path.unlink()
+    evaluate.main([*here, str(copies / 'single'), *FEW])
+
+
+@pytest.mark.parametrize('change', [
+    {'fc1.weight': torch.zeros(3)}, {'conv1.weight': torch.zeros(4, 2, 5, 5)},
+    {'conv1.weight': torch.zeros(0)}, {'fc2.bias': torch.zeros(10, dtype=torch.complex64)},
+    {'fc2.bias': torch.zeros(10, dtype=torch.int64)}, {'fc2.bias': torch.zeros(10, device='meta')},
+    {'fc2.bias': torch.zeros(10).to_sparse()}, {3: torch.zeros(1)}])
+def test_strange_tensors_are_refused_by_name(copies, here, change):
+    torch.save(record.load(copies / 'single/period1.pt') | change, 'strange.pt')
+    with pytest.raises(ValueError, match='strange.pt|takes images'):
+        evaluate.main([*here, 'strange.pt', '--dataset', 'mnist5k', *FEW])

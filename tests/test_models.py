@@ -118,22 +118,14 @@ def test_an_empty_ensemble_is_refused():
         models.Ensemble([])
 
 
-def test_precision_gives_back_what_it_borrowed():
+def test_tf32_gives_back_what_it_borrowed():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with pytest.raises(KeyError):
-        with models.precision('tf32', 'cpu'):
+        with models.tf32(True):
             assert torch.backends.cudnn.allow_tf32
             assert torch.get_float32_matmul_precision() == 'high'
-            with models.precision('fp32', 'cpu'):
+            with models.tf32(False):
                 assert not torch.backends.cudnn.allow_tf32
                 assert torch.get_float32_matmul_precision() == 'highest'
             raise KeyError
     assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
-
-
-def test_fp32_inside_bf16_is_fp32():
-    layer, x = nn.Linear(3, 3), torch.rand(2, 3)
-    with models.precision('bf16', 'cpu'):
-        assert layer(x).dtype == torch.bfloat16
-        with models.precision('fp32', 'cpu'):
-            assert layer(x).dtype == torch.float32

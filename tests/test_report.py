@@ -44,6 +44,36 @@ def test_runs_of_other_sizes_are_not_mixed_in(evaluated, tmp_path):
     assert (tmp_path / 'results/table1.md').read_text().count('| schedule |') == 2
 
 
+@pytest.mark.parametrize('change', [{'eps_max': .5}, {'eps_min': .05}, {'periods': [1, 1, 2]}])
+def test_other_schedules_are_not_taken_for_seeds(evaluated, tmp_path, change):
+    shutil.copytree(evaluated / 'triple', evaluated / 'other')
+    config = record.load(evaluated / 'other/config.json')
+    record.save(evaluated / 'other/config.json', config | change | {'seed': 1})
+    report.main([str(evaluated / 'triple'), str(evaluated / 'other'),
+                 '--out', str(tmp_path / 'results')])
+    rows = list(csv.DictReader((tmp_path / 'results/table1.csv').open()))
+    assert [row['runs'] for row in rows] == ['1', '1']
+    assert rows[0]['schedule'] != rows[1]['schedule']
+
+
+def test_other_attacks_are_not_mixed_in(evaluated, tmp_path, data_dir):
+    shutil.copytree(evaluated / 'single', evaluated / 'other')
+    config = record.load(evaluated / 'other/config.json')
+    record.save(evaluated / 'other/config.json', config | {'seed': 1})
+    evaluate.main(['--data-dir', str(data_dir), str(evaluated / 'other'), '--n-examples', '40',
+                   '--attacks', 'pgd100'])
+    report.main([str(evaluated / 'single'), str(evaluated / 'other'),
+                 '--out', str(tmp_path / 'results')])
+    assert (tmp_path / 'results/table1.md').read_text().count('| schedule |') == 2
+
+
+def test_a_run_named_twice_is_not_two_seeds(evaluated, tmp_path):
+    shutil.copytree(evaluated / 'single', evaluated / 'copy')
+    with pytest.raises(ValueError, match='one and the same run, of seed 0'):
+        report.main([str(evaluated / 'single'), str(evaluated / 'copy'),
+                     '--out', str(tmp_path / 'results')])
+
+
 def test_seeds_become_mean_and_deviation(evaluated, tmp_path):
     shutil.copytree(evaluated / 'single', evaluated / 'other')
     path = evaluated / 'other/evaluate_n40.json'

@@ -18,11 +18,18 @@ def test_a_missing_python_is_a_clear_error():
 
 def test_a_python_that_is_too_old_is_a_clear_error(tmp_path):
     old = tmp_path / 'python3'
-    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.20\nexit 1\n')
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.20\n[ -z "$2" ]\n')
     old.chmod(0o755)
     done = run_all('--test', PYTHON=str(old))
     assert done.returncode == 1 and 'Python 3.8.20 is too old' in done.stderr
     assert '3.10' in done.stderr
+
+
+def test_a_python_that_does_not_run_is_a_clear_error(tmp_path):
+    (tmp_path / 'python3').write_text('#!/bin/sh\nexit 127\n')
+    (tmp_path / 'python3').chmod(0o755)
+    done = run_all('--test', PYTHON=str(tmp_path / 'python3'))
+    assert done.returncode == 1 and 'python3 does not run' in done.stderr
 
 
 def test_an_unknown_word_is_named_with_the_usage():

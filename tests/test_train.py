@@ -78,13 +78,56 @@ def test_one_step_is_sgd_on_the_adversarial_loss_by_hand(data_dir, tmp_path):
     model = models.build('lenet', 'mnist5k', 1)
     x, y, _, _ = data.load('mnist5k', data_dir)
     rows = data.subset(4000, 64)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(attack.derive(0, 0)))
     x, y = x[rows][order], y[rows][order]
-    x_adv = attack.pgd(model, x, y, .1, .05, 3, seed=0)
+    x_adv = attack.pgd(model, x, y, .1, .05, 3, seed=attack.derive(0, 0, 0))
     torch.nn.functional.cross_entropy(model(x_adv), y).backward()
     after = record.load(tmp_path / 'run/period1.pt')
     for name, p in model.named_parameters():  # the first step of momentum is a plain one
         assert torch.allclose(after[name], p - .5 * (p.grad + .01 * p), atol=1e-6)
+
+
+def test_two_steps_with_momentum_and_augmentation_by_hand(data_dir, tmp_path):
+    flags = ['--data-dir', str(data_dir), '--width', '1', '--n-train', '64', '--epochs', '1',
+             '--batch-size', '32', '--eps', '0.1', '--step-size', '0.05', '--n-iter', '2',
+             '--optimizer', 'sgd', '--lr', '0.2', '--augment', '--n-eval', '0', '--seed', '3']
+    train.main([*flags, '--out', str(tmp_path / 'run')])
+    torch.manual_seed(3)
+    model = models.build('lenet', 'mnist5k', 1)
+    optimizer = torch.optim.SGD(model.parameters(), .2, momentum=.9)
+    x, y, _, _ = data.load('mnist5k', data_dir)
+    rows = data.subset(4000, 64)
+    generator = torch.Generator().manual_seed(attack.derive(3, 0))
+    order = rows[torch.randperm(64, generator=generator)]
+    for i in range(2):
+        batch = order[32 * i:32 * (i + 1)]
+        images = data.crop_and_flip(x[batch], generator)
+        assert not torch.equal(images, x[batch])
+        x_adv = attack.pgd(model, images, y[batch], .1, .05, 2, seed=attack.derive(3, 0, i))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x_adv), y[batch]).backward()
+        optimizer.step()
+    after = record.load(tmp_path / 'run/period1.pt')
+    for name, p in model.named_parameters():
+        assert torch.allclose(after[name], p, atol=1e-6)
+
+
+def test_each_batch_of_each_epoch_is_attacked_with_randomness_of_its_own(tiny, tmp_path,
+                                                                         monkeypatch):
+    seeds = []
+    monkeypatch.setattr(attack, 'pgd', lambda model, x, *args, **rest:
+                        seeds.append(rest['seed']) or x)
+    train.main([*tiny, '--eps-sched', 'constant', '--n-eval', '0', '--out', str(tmp_path / 'run')])
+    assert len(seeds) == len(set(seeds)) == 4 * 2
+
+
+def test_a_start_anywhere_in_the_ball_is_used_for_training_and_for_the_errors(tiny, tmp_path,
+                                                                              monkeypatch):
+    starts = []
+    monkeypatch.setattr(attack, 'pgd', lambda model, x, *args, **rest:
+                        starts.append(rest['start']) or x)
+    train.main([*tiny, '--start', 'eps', '--epochs', '2', '--out', str(tmp_path / 'run')])
+    assert starts == [.4, .4, .4, .4]  # epoch 1 is clean: its test; epoch 2: two batches, its test
 
 
 def test_the_attack_step_follows_the_scheduled_budget(tiny, tmp_path, monkeypatch):
@@ -218,10 +261,10 @@ def test_minutes_stops_cleanly_and_the_same_command_goes_on_to_the_same_end(
     argv = [*tiny, *flags]
     train.main([*argv, '--out', str(tmp_path / 'whole')])
     for epochs in (1, 2, 3):
-        train.main([*argv, '--out', str(tmp_path / 'parts'), '--minutes', '1e-9'])
+        train.main([*argv, '--out', str(tmp_path / 'parts'), '--minutes', '0'])
         assert len(log_of(tmp_path / 'parts')) == epochs
         assert f'stopped after epoch {epochs} of 4' in capsys.readouterr().out
-    train.main([*argv, '--out', str(tmp_path / 'parts'), '--minutes', '1e-9'])
+    train.main([*argv, '--out', str(tmp_path / 'parts'), '--minutes', '0'])
     assert same(tmp_path / 'parts', tmp_path / 'whole')
 
 
@@ -237,7 +280,7 @@ def test_a_finished_run_does_nothing_and_says_so(tiny, tmp_path, capsys):
 
 def test_a_changed_flag_on_an_existing_run_is_named_and_loses_nothing(tiny, tmp_path):
     argv = [*tiny, '--out', str(tmp_path / 'run')]
-    train.main([*argv, '--minutes', '1e-9'])
+    train.main([*argv, '--minutes', '0'])
     before = {path: path.read_bytes() for path in (tmp_path / 'run').iterdir()}
     with pytest.raises(ValueError, match=r'--lr 0.001 \(now 0.002\), --batch-size 128 \(now 64\)'
                                          r'|--batch-size.*--lr'):
@@ -265,12 +308,77 @@ def test_a_folder_of_other_things_is_not_taken_for_a_run(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
 
 
+def test_files_of_others_are_left_alone(tiny, tmp_path):
+    (tmp_path / '.important.tmp').write_text('mine')
+    (tmp_path / '.log.jsonl.77.tmp').write_text('of a killed run')
+    with pytest.raises(ValueError, match='no run'):
+        train.main([*tiny, '--out', str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ['.important.tmp']
+
+
+@pytest.mark.parametrize('content', [
+    {}, [1], {'model': {}}, 'another seed', 'cut'])
+def test_a_last_pt_that_is_not_of_this_run_is_refused_with_the_way_out(tiny, tmp_path, content):
+    argv = [*tiny, '--out', str(tmp_path / 'run')]
+    train.main([*argv, '--minutes', '0'])
+    last = tmp_path / 'run/last.pt'
+    if content == 'another seed':
+        train.main([*tiny, '--seed', '5', '--out', str(tmp_path / 'other'), '--minutes', '0'])
+        last.write_bytes((tmp_path / 'other/last.pt').read_bytes())
+    elif content == 'cut':
+        last.write_bytes(last.read_bytes()[:5000])
+    else:
+        torch.save(content, last)
+    with pytest.raises(ValueError, match='last.pt is (not of this run; delete it|truncated)'):
+        train.main(argv)
+    assert len(log_of(tmp_path / 'run')) == 1
+    last.unlink()
+    train.main(argv)
+    train.main([*tiny, '--out', str(tmp_path / 'whole')])
+    assert same(tmp_path / 'run', tmp_path / 'whole')
+
+
+def test_a_lost_period_is_made_again(tiny, tmp_path, capsys):
+    argv = [*tiny, '--periodic', '--out', str(tmp_path / 'run')]
+    for _ in range(3):
+        train.main([*argv, '--minutes', '0'])
+    whole = record.load(tmp_path / 'run/period1.pt')
+    (tmp_path / 'run/period1.pt').unlink()
+    capsys.readouterr()
+    train.main(argv)
+    assert 'period1.pt is missing; it begins again' in capsys.readouterr().out
+    again = record.load(tmp_path / 'run/period1.pt')
+    assert record.finished(tmp_path / 'run')
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+@pytest.mark.parametrize('content', ['[]', '{}', '{"dataset"', ''])
+def test_a_damaged_config_is_refused_by_name(tiny, tmp_path, content):
+    argv = [*tiny, '--out', str(tmp_path / 'run')]
+    train.main([*argv, '--minutes', '0'])
+    (tmp_path / 'run/config.json').write_text(content)
+    with pytest.raises(ValueError, match='run/config.json is .*damaged'):
+        train.main(argv)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_leaves_nothing_half(tmp_path):
+    (tmp_path / 'log.jsonl').write_text('old')
+
+    def fail(file):
+        file.write(b'half')
+        raise OSError('disk full')
+
+    with pytest.raises(OSError, match='log.jsonl could not be written .*disk full'):
+        record.replace(tmp_path / 'log.jsonl', fail)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [('log.jsonl', 'old')]
+
+
 # What goes wrong
 
 def test_a_loss_that_turns_nan_stops_with_a_message_and_keeps_the_epochs_before(tiny, tmp_path):
-    argv = [*tiny, '--out', str(tmp_path / 'run'), '--optimizer', 'sgd', '--lr', '1e30',
+    argv = [*tiny, '--out', str(tmp_path / 'run'), '--optimizer', 'sgd', '--lr', '1e9',
             '--lr-warmup', '.1', '--eps-sched', 'constant']
-    with pytest.raises(ValueError, match='epoch 2.*nan.*--lr than 1e[+]30'):
+    with pytest.raises(ValueError, match='epoch 2.*nan.*--lr than 1e[+]09'):
         train.main(argv)
     assert len(log_of(tmp_path / 'run')) == 1 and (tmp_path / 'run/last.pt').exists()
 
@@ -292,7 +400,11 @@ def test_the_test_budget_0_is_clean_training(tiny, tmp_path):
     (['--epochs', '0'], '0 is not at least 1'), (['--lr', '-1'], '-1 is not at least 0'),
     (['--width', '0'], '0'), (['--eps-sched', 'cosin'], 'cosin'), (['--lr', 'nan'], 'nan'),
     (['--model', 'resnet'], 'resnet'), (['--n-iter', '0'], '0'),
-    (['--lr-warmup', '2'], 'between 0 and 1'), (['--epsilon', '1'], '--epsilon')])
+    (['--lr-warmup', '2'], '2 is not at most 1'), (['--epsilon', '1'], '--epsilon'),
+    (['--eps-max', '16'], 'did you mean 16/255'), (['--eps-min', 'nan'], 'nan'),
+    (['--eps', '1e400'], '1e400'), (['--eps', '8/0'], '8/0'), (['--lr', '1e300'], '1e300'),
+    (['--batch-size', '1' + 30 * '0'], 'at most'), (['--device', 'meta'], 'meta'),
+    (['--seed', '4294967296'], 'at most')])
 def test_a_bad_flag_is_refused_with_its_value(flags, message, capsys):
     with pytest.raises(SystemExit):
         train.main(flags)
@@ -303,7 +415,8 @@ def test_a_bad_flag_is_refused_with_its_value(flags, message, capsys):
     (['--periodic', '--epochs', '3'], 'got 3'),
     (['--periods', '3', '2', '--epochs', '4'], '--periods 3 2'),
     (['--n-train', '5000'], '5000 of 4000'), (['--n-eval', '1001'], '1001 of 1000'),
-    (['--step-size', '0'], 'step')])
+    (['--step-size', '0'], 'step'),
+    (['--eps-sched', 'linear', '--eps-min', '0.3', '--eps-max', '0.2'], '0.3 .* 0.2')])
 def test_flags_that_do_not_go_together_are_refused_before_anything_is_written(
         flags, message, data_dir, tmp_path):
     with pytest.raises(ValueError, match=message):
@@ -382,6 +495,21 @@ def test_every_model_trains_in_every_precision_and_is_measured_in_float32(
     assert seen == [(inside, True, torch.float32), (torch.float32, False, torch.float32)]
     assert all(value.dtype in (torch.float32, torch.int64)
                for value in record.load(tmp_path / 'run/period1.pt').values())
+
+
+@pytest.mark.parametrize('precision, allowed', [('fp32', False), ('tf32', True), ('bf16', True)])
+def test_precision_holds_in_the_backward_pass_too(tiny, tmp_path, monkeypatch, precision, allowed):
+    build, seen = models.build, []
+
+    def watched(*args):
+        model = build(*args)
+        model.fc1.weight.register_hook(lambda grad: seen.append(
+            (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())))
+        return model
+
+    monkeypatch.setattr(models, 'build', watched)
+    train.main([*tiny, '--epochs', '1', '--precision', precision, '--out', str(tmp_path / 'run')])
+    assert seen == [(allowed, 'high' if allowed else 'highest')] * 2
 
 
 @pytest.mark.parametrize('model', models.MODELS)
