@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
@@ -102,8 +103,8 @@ def lock(folder):
 def start(folder, config, device):
     """Begins the run in `folder` or continues it if `config` (flag -> value) is what it began with.
 
-    Returns the state in last.pt, None where the run is at its beginning. ValueError names the flags
-    that differ, and files that are not this run's.
+    Returns the state in last.pt, None where the run is at its beginning or files of it are lost.
+    ValueError names the flags that differ, and a file that is not this run's.
     """
     folder, session = pathlib.Path(folder), describe(device)
     sessions = []
@@ -121,13 +122,20 @@ def start(folder, config, device):
                          'name another folder with --out')
     if session not in sessions and not (sessions and finished(folder)):
         save(folder / 'config.json', config | {'sessions': sessions + [session]})
-    last = folder / 'last.pt'
-    if not last.exists():
-        return None
-    state = load(last)
-    if not isinstance(state, dict) or state.get('config') != config:
-        raise ValueError(f'{last} is not of this run; delete it, and the run begins again')
-    return state
+    last, lost = folder / 'last.pt', []
+    if last.exists():
+        state = load(last)
+        if not isinstance(state, dict) or state.get('config') != config:
+            raise ValueError(f'{last} is not of this run; delete it, and the run begins again')
+        lost = [f'period{k}.pt' for k, end in enumerate(itertools.accumulate(config['periods']), 1)
+                if end <= len(state['log']) and not (folder / f'period{k}.pt').exists()]
+        if not lost:
+            return state
+    elif (folder / 'log.jsonl').exists() and not finished(folder):
+        lost = ['last.pt']
+    if lost:
+        print(f'{folder}: {", ".join(lost)} is missing; it begins again')
+    return None
 
 
 def config_of(folder):

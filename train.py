@@ -100,13 +100,8 @@ def main(argv=None):
             print(f'{folder} is finished, all {c.epochs} epochs: nothing to do. '
                   f'Next: python evaluate.py {folder}')
             return
-        missing = [f'period{k + 1}.pt' for k, end in enumerate(ends) if state is not None
-                   and end <= len(state['log']) and not (folder / f'period{k + 1}.pt').exists()]
-        if missing or state is None and (folder / 'log.jsonl').exists():
-            print(f'{folder}: {", ".join(missing) or "last.pt"} is missing; it begins again')
-            state = None
         log = []
-        if state is not None:
+        if state:
             model.load_state_dict(state['model'])
             optimizer.load_state_dict(state['optimizer'])
             log = state['log']
@@ -116,7 +111,8 @@ def main(argv=None):
               + (f', going on after epoch {len(log)}' if log else ''))
         net = torch.compile(model) if args.compile else model
         with tqdm(total=c.epochs * len(x), initial=len(log) * len(x), unit=' images',
-                  unit_scale=True, disable=None) as bar:
+                  unit_scale=True, disable=None, bar_format='{percentage:3.0f}%  {rate_fmt}  '
+                  '{remaining} left{postfix}') as bar:
             while len(log) < c.epochs:
                 epoch, start = len(log), time.monotonic()
                 try:

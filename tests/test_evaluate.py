@@ -16,7 +16,7 @@ import data
 import evaluate
 import models
 import record
-from test_train import in_a_child
+from test_train import killed_at
 
 FEW = ['--attacks', 'pgd', 'pgd100', '--n-examples', '40']
 
@@ -156,27 +156,12 @@ def test_finished_attacks_are_not_run_again_and_others_are_added(copies, here, m
 @pytest.mark.parametrize('moment', range(6))
 def test_an_evaluation_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
         copies, here, runs, moment, after):
-    argv = [*here, str(copies / 'single'), *FEW]
-
-    def act():
-        files, place = iter(range(100)), os.replace
-
-        def bomb(source, target):
-            if after:
-                place(source, target)
-            if next(files) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if not after:
-                place(source, target)
-
-        os.replace = bomb
-        evaluate.main(argv)
-
-    assert in_a_child(act) == signal.SIGKILL
+    argv = [*here, str(copies / 'single'), *FEW, '--device', 'cpu']
+    assert killed_at(moment, after, evaluate.main, argv) == signal.SIGKILL
     evaluate.main(argv)
     result, right = result_of(copies / 'single')
     shutil.copytree(runs / 'single', 'whole')
-    evaluate.main([*here, 'whole', *FEW])
+    evaluate.main([*here, 'whole', *FEW, '--device', 'cpu'])
     whole, expected = result_of(pathlib.Path('whole'))
     assert all(np.array_equal(right[key], expected[key]) for key in expected)
     assert {key: column['error'] for key, column in result['columns'].items()} \

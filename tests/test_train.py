@@ -170,7 +170,7 @@ def test_seeds_differ(tiny, tmp_path):
 
 # Interruption
 
-PERIODIC = ['--periodic', '--model', 'lenet']
+PERIODIC = ['--periodic', '--device', 'cpu']  # a forked child cannot use cuda
 
 
 def in_a_child(act):
@@ -187,8 +187,8 @@ def in_a_child(act):
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
-def killed_at(moment, after, argv):
-    """Trains until SIGKILL just before, or `after`, the `moment`-th file is put in its place."""
+def killed_at(moment, after, main, argv):
+    """Runs main until SIGKILL just before, or `after`, the `moment`-th file is put in its place."""
     def act():
         files, place = iter(range(1000)), os.replace
 
@@ -201,7 +201,7 @@ def killed_at(moment, after, argv):
                 place(source, target)
 
         os.replace = bomb
-        train.main(argv)
+        main(argv)
     return in_a_child(act)
 
 
@@ -221,7 +221,7 @@ def test_a_run_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
         uninterrupted, tmp_path, moment, after):
     argv, whole = uninterrupted
     argv = [*argv, '--out', str(tmp_path / 'run')]
-    assert killed_at(moment, after, argv) == signal.SIGKILL
+    assert killed_at(moment, after, train.main, argv) == signal.SIGKILL
     assert in_a_child(lambda: train.main(argv)) == 0
     assert same(tmp_path / 'run', whole)
     assert not list((tmp_path / 'run').glob('.*'))  # nothing half-written is left
@@ -230,7 +230,7 @@ def test_a_run_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
 def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(uninterrupted, tmp_path):
     argv, whole = uninterrupted
     argv, kills = [*argv, '--out', str(tmp_path / 'run')], 0
-    while killed_at(2 + kills % 2, kills % 2 == 0, argv) == signal.SIGKILL:
+    while killed_at(2 + kills % 2, kills % 2 == 0, train.main, argv) == signal.SIGKILL:
         kills += 1
     assert kills >= 3 and same(tmp_path / 'run', whole)
 
@@ -291,7 +291,7 @@ def test_a_changed_flag_on_an_existing_run_is_named_and_loses_nothing(tiny, tmp_
 def test_a_run_in_use_is_refused(tiny, tmp_path):
     def act():
         try:
-            train.main([*tiny, '--out', str(tmp_path / 'run')])
+            train.main([*tiny, '--device', 'cpu', '--out', str(tmp_path / 'run')])
         except ValueError as error:
             os._exit(0 if 'in use' in str(error) else 1)
         os._exit(1)
