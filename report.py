@@ -123,7 +123,8 @@ def main(argv=None):
             errors, minutes, note = numbers(runs)
             shown = [notation(errors[key]) if key in errors else 'missing' for key in COLUMNS]
             text += f'| {name} | ' + ' | '.join(shown) + f' | {minutes:.1f} | {note} |\n'
-            means = [100 * statistics.mean(errors[key]) if key in errors else '' for key in COLUMNS]
+            means = [round(100 * statistics.mean(errors[key]), 4) if key in errors else ''
+                     for key in COLUMNS]
             cells.append([config['dataset'], config['model'], config['width'], config['eps'],
                           config['epochs'], result['n'], name, len(runs), *means,
                           round(minutes, 2), note])

@@ -55,8 +55,8 @@ def train_epoch(net, optimizer, x, y, c, epoch, bar):
         errors += (logits.argmax(1) != y_batch).sum()
         seen += len(y_batch)
         if not bar.disable:
-            bar.set_postfix_str(f'eps {eps:.4f}, lr {lr:.2g}, loss {loss_sum / seen:.3f}, '
-                                f'robust error {errors / seen:.1%}', refresh=False)
+            bar.set_postfix_str(f'eps {eps:.3f} lr {lr:.2g} loss {loss_sum / seen:.2f} '
+                                f'robust error {errors / seen:.0%}', refresh=False)
         bar.update(len(y_batch))
     return {'t': t, 'eps': eps, 'lr': lr, 'loss': loss_sum.item() / len(x),
             'train_robust_error': errors.item() / len(x)}
