@@ -158,7 +158,7 @@ def plan(paths, args):
         name = hashlib.sha256(f'{sorted(digests)} {dataset} {eps}'.encode()).hexdigest()[:10]
         kind = 'ensemble' if len(members) > 1 else 'checkpoint'
         folder = pathlib.Path('evals', f'{kind}_{name}')
-    tags = {'n': args.n_examples, 'eps': None if args.eps is None else f'{eps:.4g}',
+    tags = {'n': args.n_examples, 'eps': None if args.eps is None else f'{eps:.6g}',
             'on': args.dataset, 'seed': args.seed or None}
     tags = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
     head = {'members': [str(file) for file, _ in members], 'digests': digests, 'dataset': dataset,

@@ -345,6 +345,7 @@ def test_a_damaged_result_is_refused_by_name_with_the_way_out(copies, here, spoi
     evaluate.main([*here, str(copies / 'single'), *FEW])
 
 
+@pytest.mark.filterwarnings('ignore:Validating sparse')
 @pytest.mark.parametrize('change', [
     {'fc1.weight': torch.zeros(3)}, {'conv1.weight': torch.zeros(4, 2, 5, 5)},
     {'conv1.weight': torch.zeros(0)}, {'fc2.bias': torch.zeros(10, dtype=torch.complex64)},
