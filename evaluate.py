@@ -173,7 +173,7 @@ def kept(out, head, index):
 
     ValueError where the files are damaged or do not belong together.
     """
-    path = suffixed(out, '.json')
+    path, reason = suffixed(out, '.json'), ''
     if not path.exists():
         return head | {'sessions': [], 'columns': {}}, {}
     result = record.load(path)
@@ -188,8 +188,6 @@ def kept(out, head, index):
                 summary(right[key])['error'] == result['columns'][key]['error'] for key in right)
     except Exception as error:  # damaged bytes make the readers raise nearly anything
         sound, reason = False, f' ({type(error).__name__}: {error})'
-    else:
-        reason = ''
     if not sound:
         raise ValueError(f'{path} or its .npz is damaged{reason}; delete the two, '
                          'and the attacks are run again')
@@ -199,8 +197,9 @@ def kept(out, head, index):
 def main(argv=None):
     args = parse(argv)
     groups = [args.ensemble] if args.ensemble else [[run] for run in args.runs]
+    load = functools.lru_cache(1)(data.load)  # runs named together mostly share their dataset
     for model, attacks, head, out in [plan(paths, args) for paths in groups]:
-        _, _, x, y = data.load(head['dataset'], args.data_dir, args.device)
+        _, _, x, y = load(head['dataset'], args.data_dir, args.device)
         index = data.subset(len(x), args.n_examples)
         head |= {'n': len(index), 'n_test': len(x)}
         print(f'{suffixed(out, ".json")}: {" + ".join(head["members"])}\n'

@@ -12,7 +12,6 @@ import fcntl
 import io
 import itertools
 import json
-import math
 import os
 import pathlib
 import pickle
@@ -127,8 +126,9 @@ def start(folder, config, device):
         state = load(last)
         if not isinstance(state, dict) or state.get('config') != config:
             raise ValueError(f'{last} is not of this run; delete it, and the run begins again')
-        lost = [f'period{k}.pt' for k, end in enumerate(itertools.accumulate(config['periods']), 1)
-                if end <= len(state['log']) and not (folder / f'period{k}.pt').exists()]
+        ends = itertools.accumulate(config['periods'])
+        lost = [path.name for path, end in zip(period_files(folder, config), ends)
+                if end <= len(state['log']) and not path.exists()]
         if not lost:
             return state
     elif (folder / 'log.jsonl').exists() and not finished(folder):
@@ -169,8 +169,13 @@ def describe(device):
 
 def finished(folder):
     """Whether all periods of the run in `folder` are over, and their models there."""
-    periods = [folder / f'period{i + 1}.pt' for i in range(len(config_of(folder)['periods']))]
+    periods = period_files(folder, config_of(folder))
     return all(path.exists() for path in periods) and not (folder / 'last.pt').exists()
+
+
+def period_files(folder, config):
+    """Where the model at the end of each period of a run lies: period1.pt, period2.pt, ..."""
+    return [folder / f'period{i + 1}.pt' for i in range(len(config['periods']))]
 
 
 def members(path):
@@ -184,7 +189,7 @@ def members(path):
         if not finished(path):
             raise ValueError(f'{path} is not finished; continue it with the train.py command that '
                              'began it, or name its checkpoints one by one')
-        return [(path / f'period{i + 1}.pt', config) for i in range(len(config['periods']))]
+        return [(file, config) for file in period_files(path, config)]
     if not path.exists():
         raise ValueError(f'{path} does not exist')
     return [(path, config_of(path.parent) if (path.parent / 'config.json').exists() else None)]

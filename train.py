@@ -7,6 +7,7 @@ Budgets are typed as fractions of the pixel range, 8/255 or 0.4.
 """
 import argparse
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -93,7 +94,7 @@ def main(argv=None):
     model = models.build(c.model, c.dataset, c.width)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = OPTIMIZERS[c.optimizer](model.parameters(), c)
-    ends = [sum(c.periods[:i + 1]) for i in range(len(c.periods))]
+    ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
     with record.lock(folder):
         state = record.start(folder, vars(c), device)
         if record.finished(folder):
@@ -136,7 +137,7 @@ def main(argv=None):
                 bar.write(line(log[-1], c))
                 record.save(folder / 'log.jsonl', log)
                 if len(log) in ends:
-                    record.save(folder / f'period{ends.index(len(log)) + 1}.pt', model.state_dict())
+                    record.save(ends[len(log)], model.state_dict())
                 if len(log) == c.epochs:  # the run is complete the moment last.pt is gone
                     (folder / 'last.pt').unlink(missing_ok=True)
                     break

@@ -1,4 +1,3 @@
-import json
 import os
 import pathlib
 import re
@@ -112,20 +111,24 @@ def test_two_steps_with_momentum_and_augmentation_by_hand(data_dir, tmp_path):
         assert torch.allclose(after[name], p, atol=1e-6)
 
 
+def watch_pgd(monkeypatch, name):
+    """Replaces PGD by the identity; the list it returns gets the value of `name` in each call."""
+    values = []
+    monkeypatch.setattr(attack, 'pgd', lambda model, x, *args, **rest:
+                        values.append(rest[name]) or x)
+    return values
+
+
 def test_each_batch_of_each_epoch_is_attacked_with_randomness_of_its_own(tiny, tmp_path,
                                                                          monkeypatch):
-    seeds = []
-    monkeypatch.setattr(attack, 'pgd', lambda model, x, *args, **rest:
-                        seeds.append(rest['seed']) or x)
+    seeds = watch_pgd(monkeypatch, 'seed')
     train.main([*tiny, '--eps-sched', 'constant', '--n-eval', '0', '--out', str(tmp_path / 'run')])
     assert len(seeds) == len(set(seeds)) == 4 * 2
 
 
 def test_a_start_anywhere_in_the_ball_is_used_for_training_and_for_the_errors(tiny, tmp_path,
                                                                               monkeypatch):
-    starts = []
-    monkeypatch.setattr(attack, 'pgd', lambda model, x, *args, **rest:
-                        starts.append(rest['start']) or x)
+    starts = watch_pgd(monkeypatch, 'start')
     train.main([*tiny, '--start', 'eps', '--epochs', '2', '--out', str(tmp_path / 'run')])
     assert starts == [.4, .4, .4, .4]  # epoch 1 is clean: its test; epoch 2: two batches, its test
 
