@@ -269,6 +269,21 @@ def correct(model, x, y, batch_size=250):
     return predict(model, x, batch_size) == y
 
 
+def mean_loss(model, x, y, batch_size=250):
+    """Mean cross-entropy and error of the model, in eval mode, on x: two floats.
+
+    Of adversarial examples they are L_eps (Eq. 1) and the robust error, as the attack sees them.
+    """
+    loss, errors = x.new_zeros((), dtype=torch.float64), 0
+    with frozen(model), torch.no_grad():
+        for i in range(0, len(x), batch_size):
+            logits, labels = model(x[i:i + batch_size]), y[i:i + batch_size]
+            refuse_nan(logits.sum())
+            loss += cross_entropy(logits, labels).sum()
+            errors += (logits.argmax(1) != labels).sum()
+    return loss.item() / len(x), errors.item() / len(x)
+
+
 def loss_and_gradient(model, x, y, criterion):
     """Losses, (N,), logits and gradient of each loss with respect to its image; nothing else."""
     x = x.detach().requires_grad_()

@@ -41,6 +41,16 @@ def paper(dataset, eps=None):
                 pgd100_step_size=.01)
 
 
+def pgd_of(run, dataset, eps):
+    """The PGD of training, `run` its settings, as keywords of `attack.pgd`.
+
+    At a budget other than the run's it is the paper's for that budget.
+    """
+    settings = run if eps == run['eps'] else paper(dataset, eps)
+    keywords = {'step_size': settings['step_size'], 'n_iter': settings['n_iter']}
+    return keywords | ({'start': eps} if settings.get('start') == 'eps' else {})
+
+
 def load(name, data_dir='data', device='cpu'):
     """x_train, y_train, x_test, y_test on `device`.
 

@@ -37,9 +37,9 @@ def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size):
         columns[key] = summary(right[key], seconds=round(time.monotonic() - began, 1), **made)
         worst = np.logical_and.reduce(list(right.values()))
         columns['worst'] = summary(worst, settings={'of': '+'.join(right)})
-        record.replace(suffixed(out, '.npz'), lambda file: np.savez(file, index=index, worst=worst,
-                                                                    **right))
-        record.save(suffixed(out, '.json'), result)
+        record.replace(record.suffixed(out, '.npz'), lambda file: np.savez(
+            file, index=index, worst=worst, **right))
+        record.save(record.suffixed(out, '.json'), result)
 
     columns, began = result['columns'], time.monotonic()
     if 'clean' not in columns:
@@ -81,11 +81,8 @@ def attacks_of(run, eps):
 
     PGD is the attack of training; at a budget other than the run's it is the paper's for that one.
     """
-    paper = data.paper(run['dataset'], eps)
-    trained = run if eps == run['eps'] else paper
-    steps = {'pgd': {'step_size': trained['step_size'], 'n_iter': trained['n_iter'],
-                     'start': eps if trained.get('start') == 'eps' else None},
-             'pgd100': {'step_size': paper['pgd100_step_size']}}
+    steps = {'pgd': data.pgd_of(run, run['dataset'], eps),
+             'pgd100': {'step_size': data.paper(run['dataset'], eps)['pgd100_step_size']}}
     return {key: functools.partial(run_attack, eps=eps, **steps.get(key, {}))
             for key, run_attack in attack.ATTACKS.items()}
 
@@ -119,11 +116,6 @@ def row(key, column):
                          for name, value in column.get('settings', {}).items())
     return (f'  {TITLES[key]:<12}{100 * column["error"]:>8.2f}   {low:>5.1f} .. {high:<5.1f}'
             f'{column.get("seconds", 0):>9.1f}   {settings}')
-
-
-def suffixed(path, suffix):
-    """`path` with `suffix` behind its name, which may hold dots."""
-    return path.with_name(path.name + suffix)
 
 
 def plan(paths, args):
@@ -173,7 +165,7 @@ def kept(out, head, index):
 
     ValueError where the files are damaged or do not belong together.
     """
-    path, reason = suffixed(out, '.json'), ''
+    path, reason = record.suffixed(out, '.json'), ''
     if not path.exists():
         return head | {'sessions': [], 'columns': {}}, {}
     result = record.load(path)
@@ -182,7 +174,7 @@ def kept(out, head, index):
                 sorted(result['digests']) != sorted(head['digests'])):
             print(f'{path} is of other checkpoints; it is replaced')
             return head | {'sessions': [], 'columns': {}}, {}
-        with np.load(suffixed(out, '.npz')) as arrays:
+        with np.load(record.suffixed(out, '.npz')) as arrays:
             right = {key: arrays[key] for key in result['columns'] if key != 'worst'}
             sound = np.array_equal(arrays['index'], index.numpy()) and all(
                 summary(right[key])['error'] == result['columns'][key]['error'] for key in right)
@@ -202,7 +194,7 @@ def main(argv=None):
         _, _, x, y = load(head['dataset'], args.data_dir, args.device)
         index = data.subset(len(x), args.n_examples)
         head |= {'n': len(index), 'n_test': len(x)}
-        print(f'{suffixed(out, ".json")}: {" + ".join(head["members"])}\n'
+        print(f'{record.suffixed(out, ".json")}: {" + ".join(head["members"])}\n'
               f'{len(index)} of {len(x)} test images of {head["dataset"]}, eps {head["eps"]:.4g}, '
               f'seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
         with record.lock(out.parent), models.tf32(False):

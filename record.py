@@ -45,6 +45,11 @@ def replace(path, write):
     os.close(folder)
 
 
+def suffixed(path, suffix):
+    """`path` with `suffix` behind its name, which may hold dots."""
+    return path.with_name(path.name + suffix)
+
+
 def save(path, content):
     """Writes a .pt by `torch.save`, a list to .jsonl, one line an item, anything else as JSON."""
     path = pathlib.Path(path)
@@ -91,8 +96,9 @@ def lock(folder):
             raise ValueError(f'{folder} is in use by another process; '
                              'wait for it or choose another folder') from None
         for leftover in folder.iterdir():  # of a process that was killed while it wrote
-            if re.fullmatch(r'\.(config\.json|log\.jsonl|last\.pt|period\d+\.pt'
-                            r'|evaluate\S*\.(json|npz))\.\d+\.tmp', leftover.name):
+            if re.fullmatch(r'\.(config|log|trace|last|period\d+|(evaluate|hessian|similarity'
+                            r'|surface|connect|dead)\S*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp',
+                            leftover.name):
                 leftover.unlink()
         yield
     finally:

@@ -1,21 +1,28 @@
-"""Tables of evaluated runs: `python report.py RUN... --out FOLDER` writes FOLDER/table1.{md,csv}.
+"""Tables and figures of runs: `python report.py RUN... --out FOLDER`.
 
-Runs are put side by side only where they differ in nothing but schedule, periods and seed; other
-sizes get a table of their own, with its sizes in the head. Over several seeds a number is mean and
-deviation, 8.58(89) for 8.58 +- 0.89.
+Evaluated runs give table1.md and .csv; analysed ones landscape.md and, for runs that differ in eps,
+Figures 2 (trace), 3 (Hessian) and 4 (similarity) as PNG. Runs are put side by side only where they
+differ in nothing but schedule, periods and seed (or eps and seed); other sizes get a table of their
+own, with its sizes in the head. Over several seeds a number is mean and deviation, 8.58(89) for
+8.58 +- 0.89.
 """
 import argparse
 import csv
 import io
 import pathlib
 import statistics
+from types import SimpleNamespace
 
+import numpy as np
+
+import analysis
 import attack
 import data
 import record
 import schedule
 
 COLUMNS = {'clean': 'clean', **attack.TITLES, 'worst': 'worst case'}
+ANALYSES = 'hessian', 'similarity', 'dead'
 MODELS = {'lenet': 'LeNet', 'vgg': 'VGG', 'resnet18': 'ResNet18'}
 
 
@@ -107,12 +114,194 @@ def numbers(runs):
     return errors, minutes, note
 
 
+def families(folders):
+    """(head, {eps: runs}) of analysed runs that differ in nothing but eps and seed.
+
+    A run: its config, and its trace and analyses as far as they are there, else None.
+    """
+    found = {}
+    for folder in map(pathlib.Path, folders):
+        config = record.config_of(folder)
+        run = SimpleNamespace(config=config, trace=None, **{
+            name: largest(folder, name, config['eps']) for name in ANALYSES})
+        if (folder / 'trace.jsonl').exists() and record.finished(folder):
+            run.trace = record.load(folder / 'trace.jsonl')
+        if run.trace or run.hessian or run.similarity or run.dead:
+            shared = ('dataset', 'model', 'width', 'eps_sched', 'epochs', 'batch_size', 'optimizer',
+                      'lr', 'n_train', 'n_iter')
+            key = tuple((name, config.get(name)) for name in shared)
+            found.setdefault(key, {}).setdefault(config['eps'], []).append(run)
+    for key, runs in sorted(found.items(), key=str):
+        yield dict(key), dict(sorted(runs.items()))
+
+
+def largest(folder, name, eps):
+    """The result <name>*.json in `folder` at this eps of the most images; None if there is none."""
+    results = [record.load(path) for path in folder.glob(f'{name}*.json')]
+    return max((result for result in results if result['eps'] == eps
+                and (name != 'hessian' or 'eigen' in result)),
+               key=lambda result: result['n'], default=None)
+
+
+def spread(values, digits=3):
+    """Mean and deviation over seeds of what is there: 1.23 +- 0.04."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return ''
+    deviation = f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.{digits}g}{deviation}'
+
+
+def measured(run, a):
+    """The numbers of one run in landscape.md, column -> value or None."""
+    trace, hessian, points = run.trace, run.hessian, (run.similarity or {}).get('points', [])
+    gradient = [row['grad_norm'] for row in trace or []]
+    part = min(run.config.get('trace') or 0, len(gradient) // 2)
+    cosine = {point['direction']: point['cosine'] for point in points if point['a'] == a}
+    values = hessian['eigen']['values'] if hessian else [None]
+    return {
+        'L_eps': hessian and hessian['loss'],
+        'robust error': hessian and hessian['robust_error'],
+        'top eigenvalue': values[0],
+        'normalised': hessian and values[0] / hessian['scale']['mean'],
+        'last eigenvalue': values[-1],
+        f'cosine, top, a = {a:g}': cosine.get('eigenvector'),
+        f'cosine, random, a = {a:g}': cosine.get('random'),
+        'gradient, first': gradient[:part] and statistics.mean(gradient[:part]) or None,
+        'gradient, last': gradient[:part] and statistics.mean(gradient[-part:]) or None,
+        'constant': run.dead and float(run.dead['predicted_classes'] == 1),
+    } | {f'dead {row["layer"]}': row['share'] for row in (run.dead or {}).get('layers', [])}
+
+
+def landscape(folders, out, a):
+    """Draws the figures of analysed runs; returns the text of landscape.md, '' without any."""
+    text = ''
+    for head, by_eps in families(folders):
+        runs = [run for group in by_eps.values() for run in group]
+        sizes = {name: sorted({getattr(run, name)['n'] for run in runs if getattr(run, name)})
+                 for name in ANALYSES}
+        n_train = head['n_train'] or data.SPLITS[head['dataset']]['train'][0]
+        text += (f'{MODELS[head["model"]]} of width {head["width"]}, {head["eps_sched"]} schedule, '
+                 f'{n_train:,} images of {head["dataset"]}, {head["epochs"]} epochs, batch '
+                 f'{head["batch_size"]}, {head["optimizer"]} at lr {head["lr"]:g}, PGD of '
+                 f'{head["n_iter"]} steps. Of the training images, '
+                 + ', '.join(f'{" or ".join(map(str, size))} for {name}'
+                             for name, size in sizes.items() if size)
+                 + '. Mean ± deviation over seeds.\n\n')
+        rows = {eps: [measured(run, a) for run in group] for eps, group in by_eps.items()}
+        columns = list(dict.fromkeys(
+            name for group in rows.values() for row in group for name in row))
+        text += '| eps | seeds | ' + ' | '.join(columns) + ' |\n'
+        text += '|---' * (len(columns) + 2) + '|\n'
+        for eps, group in rows.items():
+            cells = [spread([row.get(name) for row in group]) for name in columns]
+            text += f'| {eps:.4g} | {len(group)} | ' + ' | '.join(cells) + ' |\n'
+        text += '\n'
+        if len(by_eps) > 1:
+            stem = '_'.join(str(head[key]) for key in ('dataset', 'model', 'width', 'eps_sched'))
+            for name, draw in (('fig2', figure_2), ('fig3', figure_3), ('fig4', figure_4)):
+                draw(by_eps, out / f'{name}_{stem}.png', text.splitlines()[0])
+    return text
+
+
+def band(ax, x, curves, label, **style):
+    """The mean of the curves of all seeds, (seeds, len(x)), in a band of one deviation."""
+    curves = np.array(curves)
+    line, = ax.plot(x, curves.mean(0), label=label, **style)
+    if len(curves) > 1:
+        half = curves.std(0, ddof=1)
+        ax.fill_between(x, curves.mean(0) - half, curves.mean(0) + half, alpha=.2,
+                        color=line.get_color(), lw=0)
+def figure_2(by_eps, path, title):
+    """Gradient norm, robust training error and distance over the first and last updates."""
+    by_eps = {eps: [run for run in runs if run.trace] for eps, runs in by_eps.items()}
+    if not any(by_eps.values()):
+        return
+    with analysis.figure(path, 2, title, rows=2) as axes:
+        panels = (('grad_norm', 'norm of the stochastic gradient', slice(None, 1)),
+                  ('robust_error', 'robust training error of the batch', slice(None, 1)),
+                  ('distance', '$||\\theta - \\theta_0||$', slice(None, 1)),
+                  ('grad_norm', 'norm of the stochastic gradient', slice(-1, None)))
+        for ax, (key, label, side) in zip(axes, panels):
+            for eps, runs in by_eps.items():
+                if not runs:
+                    continue
+                n = min(min(run.config['trace'], len(run.trace) // 2) for run in runs)
+                rows = [run.trace[:n] if side.stop else run.trace[-n:] for run in runs]
+                window = max(1, n // 40)  # means of so many updates: batches differ
+                cut = [np.array([row[key] for row in part])[:n // window * window]
+                       .reshape(-1, window).mean(1) for part in rows]
+                steps = rows[0][0]['step'] + window * (np.arange(len(cut[0])) + .5)
+                band(ax, steps, cut, f'eps {eps:.4g}')
+            ax.set(xlabel='update', ylabel=label, ylim=(0, None) if key != 'grad_norm' else None,
+                   title='the end' if side.start else 'the start')
+            if key == 'grad_norm':
+                ax.set_yscale('log')
+        axes[0].legend()
+
+
+def figure_3(by_eps, path, title):
+    """Top eigenvalues of the Hessian, as they are (dashed) and normalised (solid)."""
+    by_eps = {eps: [run.hessian for run in runs if run.hessian] for eps, runs in by_eps.items()}
+    if not any(by_eps.values()):
+        return
+    with analysis.figure(path, 2, title) as axes:
+        for eps, results in by_eps.items():
+            if not results:
+                continue
+            k = min(len(result['eigen']['values']) for result in results)
+            values = [result['eigen']['values'][:k] for result in results]
+            scaled = [np.array(result['eigen']['values'][:k]) / result['scale']['mean']
+                      for result in results]
+            band(axes[0], range(1, k + 1), scaled, f'eps {eps:.4g}', marker='o', ms=3)
+            band(axes[1], range(1, k + 1), values, f'eps {eps:.4g}', marker='o', ms=3, ls='--')
+        axes[0].set(title='divided by the mean $L_\\epsilon$ of random $\\theta$')
+        axes[1].set(title='as they are')
+        for ax in axes:
+            ax.set(xlabel='number, by magnitude', ylabel='eigenvalue of the Hessian')
+            ax.locator_params(axis='x', integer=True)
+            ax.set_yscale('symlog', linthresh=1e-2)
+        axes[0].legend()
+
+
+def figure_4(by_eps, path, title):
+    """Cosine similarity of perturbations along the top eigenvector (dashed) and at random."""
+    by_eps = {eps: [run.similarity for run in runs if run.similarity]
+              for eps, runs in by_eps.items() if eps > 0}
+    if not any(by_eps.values()):
+        return
+    with analysis.figure(path, 2, title) as axes:
+        for ax, key in zip(axes, ('cosine', 'robust_error')):
+            for i, (eps, results) in enumerate(by_eps.items()):
+                for direction, style in (('eigenvector', '--'), ('random', '-')):
+                    curves = [{point['a']: point[key] for point in result['points']
+                               if point['direction'] == direction} for result in results]
+                    a = sorted(set.intersection(*map(set, curves))) if curves else []
+                    a = [x for x in a if all(curve[x] is not None for curve in curves)]
+                    if a:
+                        band(ax, a, [[curve[x] for x in a] for curve in curves],
+                             f'eps {eps:.4g}, {direction}', ls=style, color=f'C{i}', marker='o',
+                             ms=3)
+            ax.set(xlabel='$a$')
+        axes[0].set(ylabel='cosine similarity', title='perturbations at $\\theta \\pm av$')
+        axes[1].set(ylabel='robust error', title='at $\\theta \\pm av$', ylim=(0, 1))
+        axes[0].legend(fontsize=7)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='+', metavar='RUN', help='run folders')
     parser.add_argument('--out', default='results', help='folder to write to; default: results')
+    parser.add_argument('--a', type=record.number(float, 0), default=.1,
+                        help='displacement whose similarities landscape.md shows; default: 0.1')
     args = parser.parse_args(argv)
+    out, table = pathlib.Path(args.out), io.StringIO()
+    out.mkdir(parents=True, exist_ok=True)
+    analysed = landscape(args.runs, out, args.a)
+    if analysed:
+        record.replace(out / 'landscape.md', lambda file: file.write(analysed.encode()))
+        print(f'{analysed}written to {out}/landscape.md')
     text, cells = '', [['dataset', 'model', 'width', 'eps', 'epochs', 'n', 'schedule', 'runs',
                         *COLUMNS, 'train_minutes', 'notes']]
     for config, result, rows in tables(args.runs):
@@ -131,11 +320,11 @@ def main(argv=None):
         sessions = {(s['commit'], s['torch'], s['device']) for s in result['sessions']}
         text += ''.join(f'\ncommit {commit}, torch {torch}, {device}'
                         for commit, torch, device in sorted(sessions, key=str)) + '\n\n'
+    if not text and analysed:
+        return
     if not text:
         raise ValueError('none of these runs is evaluated yet: python evaluate.py RUN...')
-    out, table = pathlib.Path(args.out), io.StringIO()
     csv.writer(table, lineterminator='\n').writerows(cells)
-    out.mkdir(parents=True, exist_ok=True)
     record.replace(out / 'table1.md', lambda file: file.write(text.encode()))
     record.replace(out / 'table1.csv', lambda file: file.write(table.getvalue().encode()))
     print(text + f'written to {out}/table1.md and {out}/table1.csv')

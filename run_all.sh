@@ -3,6 +3,7 @@
 #
 #   bash run_all.sh          Table 1 of the paper: 15 settings x 3 seeds, for a GPU
 #   bash run_all.sh --quick  the main job in miniature, on 5,000 real digits, on two CPU cores
+#   bash run_all.sh --landscape  Figures 1 to 4 and 12, C.2.4, C.2.5 in miniature: hours, on a CPU
 #   bash run_all.sh --test   the tests
 #
 # Each sets itself up: the packages of $PYTHON (default: python3) if they are there, else a .venv
@@ -14,6 +15,7 @@ main() {
     [[ $# -le 1 ]] || fail "one word at most, got: $*"
     case "${1:-}" in
         --quick) setup; quick ;;
+        --landscape) setup; landscape ;;
         --test)  setup; "$python" -m pytest -q tests ;;
         '')      setup
                  "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
@@ -21,7 +23,7 @@ main() {
                           "--quick, which takes minutes, or --cpu to begin all the same"
                  table1 ;;
         --cpu)   setup; table1 ;;
-        *)       sed -n '2,10s/^# \{0,1\}//p' run_all.sh
+        *)       sed -n '2,11s/^# \{0,1\}//p' run_all.sh
                  [[ "$1" == --help || "$1" == -h ]] || fail "'$1' is unknown" ;;
     esac
 }
@@ -51,6 +53,42 @@ quick() {
     done
     job quick_linear_periodic "${row[@]}" --eps-sched linear --periodic
     "$python" report.py "${jobs[@]}" --out results/quick
+}
+
+# The landscape at several budgets, and of narrow models; small, but where the paper's effects show.
+landscape() {
+    local seed eps sched width data=(--data-dir "${DATA_DIR:-data}")
+    analysed() {  # WIDTH EPS SCHED SEED: a run, its Hessian, similarities and dead units
+        local run=ckpts/w$1_eps$2_$3_s$4
+        "$python" train.py --width $1 --eps $2 --eps-sched $3 --seed $4 --epochs 40 --lr 1e-3 \
+            --batch-size 64 --n-iter 10 --step-size "$([[ $2 == 0 ]] && echo 0.01 || echo $2/8)" \
+            --trace 500 --n-eval 500 --out $run "${data[@]}"
+        "$python" landscape.py dead $run "${data[@]}"
+        jobs+=($run)
+        [[ $1 == 4 ]] || return 0
+        "$python" hessian.py $run --n-examples 1000 "${data[@]}"
+        "$python" landscape.py similarity $run --n-examples 250 \
+            --a 0 .02 .05 .1 .2 .5 1 "${data[@]}"
+    }
+    for seed in ${SEEDS:-0 1}; do
+        for eps in 0 0.1 0.2 0.3 0.4; do
+            analysed 4 $eps constant $seed
+            [[ $eps == 0 ]] || analysed 4 $eps linear $seed
+        done
+        for width in 1 2; do
+            for eps in 0 0.3; do
+                analysed $width $eps constant $seed
+            done
+        done
+    done
+    for eps in 0 0.2; do
+        "$python" landscape.py connect ckpts/w4_eps${eps}_constant_s{0,1} --n-examples 500 \
+            --epochs 40 --lr 0.02 --points 11 "${data[@]}"
+    done
+    "$python" landscape.py surface ckpts/w4_eps0.2_constant_s0 --n-examples 250 --grid 15 \
+        "${data[@]}"
+    "$python" landscape.py theory "${data[@]}"
+    "$python" report.py "${jobs[@]}" --out results/landscape
 }
 
 jobs=() examples=()

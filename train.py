@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import get_total_norm as norm
 from tqdm import tqdm
 
 import attack
@@ -25,12 +26,18 @@ import record
 import schedule
 
 
-def train_epoch(net, optimizer, x, y, c, epoch, bar):
+# of the update from theta_t: t, ||gradient of the loss||, error on the batch, ||theta_t - theta_0||
+TRACED = 'step', 'grad_norm', 'robust_error', 'distance'
+
+
+def train_epoch(net, optimizer, x, y, c, epoch, theta_0, bar):
     """One epoch of min_theta max_{x'} loss (Eq. 1) on images x and labels y under the settings c.
 
-    Returns t, eps and lr of its last batch; the mean loss and error on the adversarial examples.
+    Returns t, eps and lr of its last batch, the mean loss and error on the adversarial examples;
+    and the rows of trace.jsonl (Figures 2 and 8), on the first and last c.trace updates of the run.
     """
     net.train()
+    trace = []
     loss_sum, errors, seen, n_batches = 0., 0, 0, math.ceil(len(x) / c.batch_size)
     generator = torch.Generator().manual_seed(attack.derive(c.seed, epoch))
     for i, (x_batch, y_batch) in enumerate(data.batches(x, y, c.batch_size, generator, c.augment)):
@@ -51,16 +58,23 @@ def train_epoch(net, optimizer, x, y, c, epoch, bar):
             raise attack.NotFiniteError(f'the loss became {loss.item()}')
         optimizer.zero_grad()
         loss.backward()
+        wrong = (logits.argmax(1) != y_batch).sum()
+        step = epoch * n_batches + i
+        if c.trace and not c.trace <= step < c.epochs * n_batches - c.trace:
+            moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
+            trace.append((step, norm([theta.grad for theta in net.parameters()]),
+                          wrong / len(y_batch), norm(moved)))
         optimizer.step()
         loss_sum += loss.detach() * len(y_batch)
-        errors += (logits.argmax(1) != y_batch).sum()
+        errors += wrong
         seen += len(y_batch)
         if not bar.disable:
             bar.set_postfix_str(f'eps {eps:.3f} lr {lr:.2g} loss {loss_sum / seen:.2f} '
                                 f'robust error {errors / seen:.0%}', refresh=False)
         bar.update(len(y_batch))
-    return {'t': t, 'eps': eps, 'lr': lr, 'loss': loss_sum.item() / len(x),
-            'train_robust_error': errors.item() / len(x)}
+    return ({'t': t, 'eps': eps, 'lr': lr, 'loss': loss_sum.item() / len(x),
+             'train_robust_error': errors.item() / len(x)},
+            [dict(zip(TRACED, (row[0], *map(float, row[1:])))) for row in trace])
 
 
 def test(model, x, y, index, c):
@@ -93,6 +107,7 @@ def main(argv=None):
     torch.manual_seed(c.seed)
     model = models.build(c.model, c.dataset, c.width)
     model = model.to(device, memory_format=torch.channels_last)
+    theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
     optimizer = OPTIMIZERS[c.optimizer](model.parameters(), c)
     ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
     with record.lock(folder):
@@ -101,11 +116,11 @@ def main(argv=None):
             print(f'{folder} is finished, all {c.epochs} epochs: nothing to do. '
                   f'Next: python evaluate.py {folder}')
             return
-        log = []
+        log, trace = [], []
         if state:
             model.load_state_dict(state['model'])
             optimizer.load_state_dict(state['optimizer'])
-            log = state['log']
+            log, trace = state['log'], state.get('trace', [])
         print(f'{folder}: {len(x)} images of {c.dataset} on {device}, {c.model} of width {c.width} '
               f'({sum(p.numel() for p in model.parameters()):,} parameters), eps {c.eps:.4g} '
               f'{c.eps_sched}, epochs {" + ".join(map(str, c.periods))}'
@@ -118,7 +133,7 @@ def main(argv=None):
                 epoch, start = len(log), time.monotonic()
                 try:
                     with models.tf32(c.precision != 'fp32'):
-                        row = train_epoch(net, optimizer, x, y, c, epoch, bar)
+                        row, traced = train_epoch(net, optimizer, x, y, c, epoch, theta_0, bar)
                     with models.tf32(False):
                         row |= test(model, x_test, y_test, index, c)
                 except attack.NotFiniteError as error:
@@ -135,7 +150,10 @@ def main(argv=None):
                 seconds = round(time.monotonic() - start, 2)
                 log.append({'epoch': epoch + 1} | row | {'seconds': seconds})
                 bar.write(line(log[-1], c))
+                trace += traced
                 record.save(folder / 'log.jsonl', log)
+                if c.trace:
+                    record.save(folder / 'trace.jsonl', trace)
                 if len(log) in ends:
                     record.save(ends[len(log)], model.state_dict())
                 if len(log) == c.epochs:  # the run is complete the moment last.pt is gone
@@ -143,7 +161,7 @@ def main(argv=None):
                     break
                 record.save(folder / 'last.pt', {
                     'config': vars(c), 'model': model.state_dict(),
-                    'optimizer': optimizer.state_dict(), 'log': log})
+                    'optimizer': optimizer.state_dict(), 'log': log, 'trace': trace})
                 if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
                     break
     if len(log) < c.epochs:
@@ -202,7 +220,7 @@ def settings(args):
         eps=paper['eps'], eps_sched=args.eps_sched, eps_min=args.eps_min,
         eps_max=given('eps_max', eps_max), epochs=sum(periods), periods=periods, clock=args.clock,
         **of_the_paper, lr_warmup=args.lr_warmup, start=args.start, n_train=args.n_train,
-        n_eval=args.n_eval, precision=args.precision, seed=args.seed)
+        n_eval=args.n_eval, trace=args.trace, precision=args.precision, seed=args.seed)
 
 
 def parse(argv):
@@ -252,6 +270,8 @@ def parse(argv):
     add('--n-train', type=count, help='train on so many of the images; default: all')
     add('--n-eval', type=number(int, 0), default=1000,
         help='so many test images for the errors after each epoch; default: 1000')
+    add('--trace', type=count, metavar='N', help='gradient norm, error and distance from the start '
+        'of the first and last N updates, into trace.jsonl; the paper: 2000; default: none')
     add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32',
         help='of the training step, its attack included; errors are always measured in fp32; '
         'default: fp32')

@@ -29,8 +29,11 @@ def same(a, b):
         one, other = record.load(a / name), record.load(b / name)
         if not (list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)):
             return False
+    traces = [folder / 'trace.jsonl' for folder in (a, b)]
+    assert traces[0].exists() == traces[1].exists()
     return [row | {'seconds': 0} for row in log_of(a)] \
-        == [row | {'seconds': 0} for row in log_of(b)]
+        == [row | {'seconds': 0} for row in log_of(b)] \
+        and (not traces[0].exists() or traces[0].read_bytes() == traces[1].read_bytes())
 
 
 def test_a_run_leaves_what_the_plan_says(runs):
@@ -109,6 +112,52 @@ def test_two_steps_with_momentum_and_augmentation_by_hand(data_dir, tmp_path):
     after = record.load(tmp_path / 'run/period1.pt')
     for name, p in model.named_parameters():
         assert torch.allclose(after[name], p, atol=1e-6)
+
+
+def test_the_trace_is_that_of_the_steps_by_hand(data_dir, tmp_path):
+    flags = ['--data-dir', str(data_dir), '--width', '1', '--n-train', '60', '--epochs', '2',
+             '--batch-size', '20', '--eps', '0.1', '--step-size', '0.05', '--n-iter', '2',
+             '--optimizer', 'sgd', '--lr', '0.2', '--weight-decay', '0.1', '--n-eval', '0']
+    train.main([*flags, '--out', str(tmp_path / 'run'), '--trace', '2'])
+    torch.manual_seed(0)
+    model = models.build('lenet', 'mnist5k', 1)
+    optimizer = torch.optim.SGD(model.parameters(), .2, momentum=.9, weight_decay=.1)
+    theta_0 = torch.nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    x, y, _, _ = data.load('mnist5k', data_dir)
+    rows, expected = data.subset(4000, 60), []
+    for step in range(6):
+        epoch, i = divmod(step, 3)
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(attack.derive(0, epoch)))
+        batch = rows[order[20 * i:20 * (i + 1)]]
+        x_adv = attack.pgd(model, x[batch], y[batch], .1, .05, 2, seed=attack.derive(0, epoch, i))
+        optimizer.zero_grad()
+        logits = model(x_adv)
+        torch.nn.functional.cross_entropy(logits, y[batch]).backward()
+        theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+        expected.append({
+            'step': step, 'distance': (theta - theta_0).norm().item(),
+            'grad_norm': torch.cat([p.grad.flatten() for p in model.parameters()]).norm().item(),
+            'robust_error': (logits.argmax(1) != y[batch]).float().mean().item()})
+        optimizer.step()
+    found = record.load(tmp_path / 'run/trace.jsonl')
+    assert [row['step'] for row in found] == [0, 1, 4, 5] and found[0]['distance'] == 0
+    for row in found:
+        assert row == pytest.approx(expected[row['step']], rel=1e-4)
+
+
+def test_a_trace_longer_than_the_run_has_each_update_once(tiny, tmp_path):
+    train.main([*tiny, '--trace', '100', '--out', str(tmp_path / 'run')])
+    trace = record.load(tmp_path / 'run/trace.jsonl')
+    assert [row['step'] for row in trace] == list(range(8))  # 4 epochs of 2 batches
+
+
+def test_a_trace_changes_nothing_else_and_costs_nothing_when_off(tiny, tmp_path, monkeypatch):
+    train.main([*tiny, '--trace', '3', '--out', str(tmp_path / 'on')])
+    monkeypatch.setattr(train, 'norm', None)  # would raise if it were called
+    train.main([*tiny, '--out', str(tmp_path / 'off')])
+    assert not (tmp_path / 'off/trace.jsonl').exists()
+    (tmp_path / 'on/trace.jsonl').unlink()
+    assert same(tmp_path / 'on', tmp_path / 'off')
 
 
 def watch_pgd(monkeypatch, name):
@@ -213,13 +262,13 @@ def uninterrupted(data_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp('whole') / 'run'
     argv = ['--data-dir', str(data_dir), '--width', '1', '--n-train', '256', '--n-eval', '50',
             '--epochs', '4', '--step-size', '0.1', '--n-iter', '2', '--lr', '1e-3',
-            '--eps-sched', 'linear', *PERIODIC]
+            '--eps-sched', 'linear', '--trace', '3', *PERIODIC]
     train.main([*argv, '--out', str(folder)])
     return argv, folder
 
 
 @pytest.mark.parametrize('after', [False, True])
-@pytest.mark.parametrize('moment', range(11))
+@pytest.mark.parametrize('moment', range(15))
 def test_a_run_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
         uninterrupted, tmp_path, moment, after):
     argv, whole = uninterrupted

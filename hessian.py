@@ -1,0 +1,417 @@
+"""Top eigenpairs of the Hessian of the adversarial loss (Figure 3), its trace and its spectrum.
+
+`python hessian.py RUN --k 20` makes adversarial examples of the run's training images once, holds
+them fixed and takes the Hessian of their mean cross-entropy with respect to all parameters. It
+writes RUN/hessian.json, a figure, and the eigenvectors into RUN/hessian.pt. An interrupted
+computation goes on from what it kept last.
+"""
+import argparse
+import copy
+import functools
+import statistics
+import time
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import analysis
+import attack
+import data
+import models
+import record
+
+
+def hvp(model, x, y, v, batch_size=250):
+    """H v, (dim,): H is the Hessian of the mean cross-entropy of `model`, in eval mode, on (x, y).
+
+    v, (dim,), follows model.parameters(). Chunks of `batch_size` images are summed, so memory does
+    not depend on the number of images, nor the result, but for rounding, on the chunks. The model
+    is left as found: modes, statistics and gradients.
+    """
+    total = torch.zeros_like(v)
+    theta = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    with attack.frozen(model):
+        for i in range(0, len(x), batch_size):
+            logits = functional_call(model, theta, (x[i:i + batch_size],))
+            loss = F.cross_entropy(logits, y[i:i + batch_size], reduction='sum') / len(x)
+            gradient = torch.autograd.grad(loss, theta.values(), create_graph=True)
+            direction = analysis.unflat(v, gradient)
+            total += analysis.flat(torch.autograd.grad(
+                gradient, theta.values(), direction, materialize_grads=True))
+    if not total.isfinite().all():
+        raise attack.NotFiniteError('the Hessian of the loss is not finite')
+    return total
+
+
+class Krylov:
+    """An orthonormal basis V of a block Krylov space of a symmetric matrix, and T = V H V'.
+
+    Band Lanczos (Ruhe 1979) with full re-orthogonalisation: one product a step, from `block` random
+    starts, which lets it find eigenvalues of a multiplicity up to `block`. What a product leaves
+    outside of the basis waits in `queue` to become a direction: the residuals of Ritz pairs follow
+    from it without further products. Directions that are spent are replaced by random ones.
+    """
+
+    def __init__(self, matvec, like, starts, steps, seed):
+        self.matvec, self.seed = matvec, seed
+        self.V, self.T = like.new_empty(steps, starts.shape[1]), torch.zeros(steps, steps).double()
+        self.queue, self.owners, self.size = list(starts), [-1] * len(starts), 0
+
+    def state(self):
+        """All that is needed to go on, as plain tensors; `restore` takes it."""
+        n = self.size
+        return {'V': self.V[:n], 'T': self.T[:n, :n], 'queue': torch.stack(self.queue),
+                'owners': self.owners}
+
+    def restore(self, state):
+        self.size = len(state['V'])
+        self.V[:self.size] = state['V']
+        self.T[:self.size, :self.size] = state['T']
+        self.queue = [q.to(self.V) for q in state['queue']]
+        self.owners = list(state['owners'])
+
+    def orthogonal(self, q):
+        """q less its part in the basis, and that part's coefficients; twice is enough."""
+        V = self.V[:self.size]
+        t = V @ q
+        q = q - V.T @ t
+        again = V @ q
+        return q - V.T @ again, t + again
+
+    def step(self):
+        """Adds a direction to the basis at the cost of one product."""
+        q, _ = self.orthogonal(self.queue.pop(0))
+        owner = self.owners.pop(0)
+        rounding = 16 * torch.finfo(q.dtype).eps * self.T.abs().max()
+        if owner >= 0 and q.norm() <= rounding:
+            q, _ = self.orthogonal(analysis.random_unit(len(q), q, self.seed, 1, self.size))
+        v = self.V[self.size] = q / q.norm()
+        self.queue = [other - (v @ other) * v for other in self.queue]
+        self.size += 1
+        residual, t = self.orthogonal(self.matvec(v))
+        self.T[self.size - 1, :self.size] = self.T[:self.size, self.size - 1] = t.double()
+        self.queue.append(residual)
+        self.owners.append(self.size - 1)
+
+    def ritz(self, k):
+        """The k Ritz values largest in magnitude, (k,), their vectors in the basis, (size, k), and
+        the norms of their residuals, (k,), which rounding keeps from being smaller than itself."""
+        values, S = torch.linalg.eigh(self.T[:self.size, :self.size])
+        top = values.abs().argsort(descending=True)[:k]
+        left = torch.stack([q for q, owner in zip(self.queue, self.owners) if owner >= 0])
+        rows = S[[owner for owner in self.owners if owner >= 0]][:, top]
+        gram = (left @ left.T).double()
+        rounding = torch.finfo(left.dtype).eps * values.abs().max()
+        norms = ((gram @ rows) * rows).sum(0).clamp(min=0).sqrt()
+        return values[top], S[:, top], norms.clamp(min=rounding)
+
+
+def lanczos(matvec, dim, k, *, tol=1e-3, max_products=None, block=2, like=None, seed=0, state=None,
+            watch=None):
+    """The k eigenpairs largest in magnitude of the symmetric matrix v -> matvec(v), (dim,).
+
+    Returns eigenvalues, (k,), by falling magnitude and with their signs, orthonormal eigenvectors,
+    (k, dim), and relative residuals ||H v - lambda v|| / |lambda|, (k,). It ends when all are at
+    most `tol` or after `max_products` products (15 k unless given), whose vectors it keeps.
+
+    Vectors are of the dtype and on the device of `like` (float32, CPU). After each product
+    watch(state, values, residuals) is told where it stands; a `state` handed in goes on from there.
+    """
+    like = torch.zeros(()) if like is None else like
+    steps = min(dim, most(dim, k, 15 * k if max_products is None else max_products))
+    starts = torch.stack([analysis.random_unit(dim, like, seed, 0, i) for i in range(block)])
+    space = Krylov(matvec, like, starts, steps, seed)
+    if state:
+        space.restore(state)
+    while space.size < steps:
+        space.step()
+        values, S, residuals = space.ritz(k)
+        if watch:
+            watch(space.state, values, relative(values, residuals))
+        good = converged(values, relative(values, residuals), tol, like.dtype)
+        if len(good) == k and good.all():
+            break
+    values, S, residuals = space.ritz(k)
+    return values, S.T.to(space.V) @ space.V[:space.size], relative(values, residuals)
+
+
+def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, block=None, like=None, seed=0,
+                    state=None, watch=None):
+    """As `lanczos`, by power iteration with deflation: the paper's method, one pair after another.
+
+    A pair takes at most max_products / k products, 50 unless given, as in the paper's code. In the
+    end the pairs are rotated within their span to fit the matrix best (Rayleigh-Ritz).
+    """
+    like = torch.zeros(()) if like is None else like
+    budget = most(dim, k, 50 * k if max_products is None else max_products) // k
+    none = like.new_zeros(0, dim)
+    s = state or {'V': none, 'HV': none, 'v': analysis.random_unit(dim, like, seed, 0), 'spent': 0,
+                  'values': [], 'residuals': []}
+    while len(s['V']) < k:
+        V, v = s['V'], s['v']
+        for _ in range(2):
+            v = v - V.T @ (V @ v)
+            v = v / v.norm()
+        w = matvec(v)
+        value = (v @ w).item()
+        values = torch.tensor(s['values'] + [value]).double()
+        norm = (w - V.T @ (V @ w) - value * v).norm().double()
+        residuals = torch.tensor(s['residuals'] + [relative(values[-1:], norm).item()]).double()
+        s = s | {'v': w, 'spent': s['spent'] + 1}
+        if s['spent'] == budget or converged(values, residuals, tol, like.dtype)[-1]:
+            s = {'V': torch.cat([V, v[None]]), 'HV': torch.cat([s['HV'], w[None]]), 'spent': 0,
+                 'v': analysis.random_unit(dim, like, seed, len(values)),
+                 'values': values.tolist(), 'residuals': residuals.tolist()}
+        if watch:
+            watch(lambda: s, values, residuals)
+    values, S = torch.linalg.eigh((s['V'] @ s['HV'].T + s['HV'] @ s['V'].T).double() / 2)
+    order = values.abs().argsort(descending=True)
+    values, S = values[order], S[:, order].T.to(like)
+    vectors = S @ s['V']
+    norms = (S @ s['HV'] - values.to(like)[:, None] * vectors).norm(dim=1).double()
+    return values, vectors, relative(values, norms)
+
+
+def quadrature(matvec, dim, steps=50, *, like=None, seed=0):
+    """One probe of the spectral density by stochastic Lanczos quadrature (Ghorbani et al. 2019).
+
+    Returns nodes and weights, (steps,) each, weights of sum 1: sum_i w_i f(node_i) estimates the
+    mean of f over the eigenvalues, exactly so in expectation over seeds for polynomials f of degree
+    below 2 steps.
+    """
+    like = torch.zeros(()) if like is None else like
+    start = rademacher(dim, like, seed) / dim ** .5
+    space = Krylov(matvec, like, start[None], min(dim, steps), seed)
+    while space.size < min(dim, steps):
+        space.step()
+    nodes, S = torch.linalg.eigh(space.T)
+    return nodes, S[0] ** 2
+
+
+def rademacher(dim, like, seed):
+    """A random vector of +-1, (dim,), the same on any device."""
+    generator = torch.Generator().manual_seed(attack.derive(seed))
+    return (2 * torch.randint(2, (dim,), generator=generator) - 1).to(like)
+
+
+SOLVERS = {'lanczos': lanczos, 'power': power_iteration}
+
+
+def most(dim, k, max_products):
+    """max_products; ValueError where k pairs are not to be had of it or of a matrix (dim, dim)."""
+    if not 1 <= k <= dim:
+        raise ValueError(f'k must be 1..{dim}, the number of parameters, got {k}')
+    if max_products < k:
+        raise ValueError(f'{k} pairs take at least {k} products, got max_products {max_products}')
+    return max_products
+
+
+def relative(values, norms):
+    """Residuals ||H v - lambda v|| / |lambda| from eigenvalues and norms."""
+    return norms / values.abs().clamp(min=1e-30)
+
+
+def converged(values, residuals, tol, dtype):
+    """Which pairs have relative residuals of at most `tol`, or are zero within rounding."""
+    rounding = 16 * torch.finfo(dtype).eps * values.abs().max()
+    return (residuals <= tol) | (residuals * values.abs().clamp(min=1e-30) <= rounding)
+
+
+def eigenpairs(matvec, dim, like, made, path):
+    """The part 'eigen' of the result, made as `made` says, and the eigenvectors, (k, dim).
+
+    Shows progress. The state of the solver is kept at `path`, once a minute or in a twentieth of
+    the time where keeping it is slow, and what is found there goes on.
+    """
+    kept = record.load(path) if path.exists() else {}
+    if kept.get('made') != made:
+        kept = {'made': made, 'state': None, 'products': 0, 'seconds': 0.}
+    began, due = time.monotonic() - kept['seconds'], time.monotonic() + 60
+
+    def watch(state, values, residuals):
+        nonlocal due
+        kept['products'] += 1
+        good = converged(values, residuals, made['tol'], like.dtype).sum()
+        bar.set_postfix_str(f'{good} of {made["k"]} pairs converged, lambda {values[0]:.4g} .. '
+                            f'{values[-1]:.2g}, residual {residuals.max():.0e}', refresh=False)
+        bar.update()
+        if time.monotonic() > due:
+            start = time.monotonic()
+            record.save(path, kept | {'state': state(), 'seconds': start - began})
+            due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
+
+    with analysis.bar('products', initial=kept['products']) as bar:
+        values, vectors, residuals = SOLVERS[made['solver']](
+            matvec, dim, made['k'], tol=made['tol'], max_products=made['max_products'], like=like,
+            seed=made['seed'], state=kept['state'], watch=watch)
+    good = converged(values, residuals, made['tol'], like.dtype)
+    return {**{key: made[key] for key in ('solver', 'k', 'tol', 'max_products')},
+            'values': values.tolist(), 'residuals': residuals.tolist(), 'converged': good.tolist(),
+            'products': kept['products'], 'seconds': round(time.monotonic() - began, 1)}, vectors
+
+
+def scale(subject, n_draws, seed):
+    """The paper's normaliser: the mean of L_eps over networks as PyTorch initialises them.
+
+    A draw is measured on at most 500 of the images, with BatchNorm statistics of its own.
+    """
+    rows = data.subset(len(subject.x), min(len(subject.x), 500))
+    s = SimpleNamespace(model=copy.deepcopy(subject.model), x=subject.x[rows], y=subject.y[rows],
+                        pgd=functools.partial(subject.pgd, index=subject.index[rows], seed=seed))
+    losses = []
+    with analysis.bar('draws of theta', n_draws) as bar:
+        for draw in range(n_draws):
+            torch.manual_seed(attack.derive(seed, draw))
+            s.model.cpu()  # the same draws on any device
+            for module in s.model.modules():
+                if hasattr(module, 'reset_parameters'):
+                    module.reset_parameters()
+            s.model.to(s.x)
+            analysis.recompute_bn(s)
+            losses.append(attack.mean_loss(s.model, s.pgd(s.model, s.x, s.y), s.y)[0])
+            bar.update()
+    return {'mean': statistics.mean(losses), 'losses': losses, 'n_draws': n_draws, 'n': len(rows),
+            'law': 'PyTorch initialiser'}
+
+
+def main(argv=None):
+    args = parse(argv)
+    for path in args.runs:
+        with models.tf32(False):
+            analyse(analysis.subject(path, args), args)
+
+
+def analyse(s, args):
+    """Computes what the result of the subject `s` lacks, writes it part by part, and shows it."""
+    out = analysis.outputs(s, 'hessian', args, power='' if args.solver == 'power' else None)
+    paths = {kind: out.with_name(out.name + kind) for kind in ('.json', '.pt', '.png', '.state.pt')}
+    dim = sum(theta.numel() for theta in s.model.parameters())
+    like = s.x.new_zeros(())
+    with record.lock(s.folder):
+        result = analysis.resume(paths['.json'], s.head | {'dim': dim}, args.device)
+        print(f'{paths[".json"]}: Hessian of {dim:,} parameters on {len(s.x):,} adversarial '
+              f'examples of {s.head["dataset"]}, eps {s.eps:.4g}')
+        x_adv = s.pgd(s.model, s.x, s.y, seed=args.seed)  # held fixed from here on
+        loss, error = attack.mean_loss(s.model, x_adv, s.y, args.batch_size)
+        result |= {'loss': loss, 'robust_error': error}
+
+        def matvec(v):
+            return hvp(s.model, x_adv, s.y, v, args.batch_size)
+
+        made = {'k': args.k, 'tol': args.tol, 'max_products': args.max_products,
+                'solver': args.solver}
+        if not made.items() <= result.get('eigen', {}).items() or not paths['.pt'].exists():
+            result['eigen'], vectors = eigenpairs(matvec, dim, like, s.head | made,
+                                                  paths['.state.pt'])
+            record.save(paths['.pt'], {'digest': s.head['digest'], 'vectors': vectors.float().cpu(),
+                                       'values': result['eigen']['values']})
+            record.save(paths['.json'], result)
+            paths['.state.pt'].unlink(missing_ok=True)
+        if result.get('scale', {}).get('n_draws') != args.draws:
+            result['scale'] = scale(s, args.draws, args.seed)
+            record.save(paths['.json'], result)
+        seeds = [attack.derive(args.seed, i) for i in range(max(args.trace, args.density))]
+        estimates = result.setdefault('trace', {'estimates': []})['estimates']
+        with analysis.bar('probes of the trace', args.trace, len(estimates)) as bar:
+            for seed in seeds[len(estimates):args.trace]:
+                z = rademacher(dim, like, seed)
+                estimates.append((z @ matvec(z)).item())
+                bar.update()
+                record.save(paths['.json'], result)
+        probes = result.setdefault('density', {'nodes': [], 'weights': []})
+        with analysis.bar('probes of the density', args.density, len(probes['nodes'])) as bar:
+            for seed in seeds[len(probes['nodes']):args.density]:
+                nodes, weights = quadrature(matvec, dim, like=like, seed=seed)
+                probes['nodes'].append(nodes.tolist())
+                probes['weights'].append(weights.tolist())
+                bar.update()
+                record.save(paths['.json'], result)
+        show(result)
+        draw(result, paths['.png'])
+
+
+def mean(estimates):
+    """Mean of independent estimates and its standard error (None of a single one)."""
+    n = len(estimates)
+    return statistics.mean(estimates), statistics.stdev(estimates) / n ** .5 if n > 1 else None
+
+
+def show(result):
+    """The result on the terminal."""
+    eigen, scale = result['eigen'], result['scale']['mean']
+    print(f'  L_eps {result["loss"]:.4g}, robust error {result["robust_error"]:.1%}; '
+          f'L_eps of {result["scale"]["n_draws"]} random thetas {scale:.4g}\n'
+          f'  {"":>5}{"eigenvalue":>12}{"normalised":>12}{"residual":>10}')
+    for i, (value, residual, good) in enumerate(
+            zip(eigen['values'], eigen['residuals'], eigen['converged'])):
+        print(f'  {i + 1:>5}{value:>12.5g}{value / scale:>12.5g}{residual:>10.0e}'
+              + '  not converged' * (not good))
+    print(f'  {eigen["products"]} products of {eigen["solver"]}, {eigen["seconds"]:.0f} s')
+    if not all(eigen['converged']):
+        print('  Pairs that have not converged are no eigenpairs yet: more --max-products')
+    if result['trace']['estimates']:
+        value, error = mean(result['trace']['estimates'])
+        print(f'  trace {value:.5g}' + f' +- {error:.2g} (standard error, '
+              f'{len(result["trace"]["estimates"])} probes)' * (error is not None))
+
+
+def draw(result, path):
+    """Figure 3 for one run: eigenvalues as they are and normalised; the density if computed."""
+    eigen, density = result['eigen'], result['density']
+    with analysis.figure(path, 1 + bool(density['nodes']), analysis.title(result)) as axes:
+        index = range(1, len(eigen['values']) + 1)
+        axes[0].plot(index, eigen['values'], 'o--', label='as it is')
+        axes[0].plot(index, [value / result['scale']['mean'] for value in eigen['values']], 'o-',
+                     label='divided by the mean $L_\\epsilon$ of random $\\theta$')
+        doubtful = [(i, value) for i, value, good in
+                    zip(index, eigen['values'], eigen['converged']) if not good]
+        if doubtful:
+            axes[0].plot(*zip(*doubtful), 'kx', label='not converged')
+        axes[0].set(xlabel='number, by magnitude', ylabel='eigenvalue of the Hessian')
+        axes[0].locator_params(axis='x', integer=True)
+        axes[0].legend()
+        if density['nodes']:
+            grid, values = smooth(torch.tensor(density['nodes']), torch.tensor(density['weights']))
+            axes[1].semilogy(grid.numpy(), values.numpy())
+            axes[1].set(xlabel='eigenvalue of the Hessian', ylabel='density',
+                        ylim=(1e-7 * values.max().item(), None),
+                        title=f'{len(density["nodes"])} probes of Lanczos quadrature')
+
+
+def smooth(nodes, weights, points=1000):
+    """The density of eigenvalues on a grid: the nodes of all probes, each a narrow Gaussian."""
+    low, high = nodes.min(), nodes.max()
+    width = .01 * (high - low) or 1e-12
+    grid = torch.linspace(low - 5 * width, high + 5 * width, points)
+    bells = torch.exp(-((grid[:, None] - nodes.flatten()) / width) ** 2 / 2)
+    return grid, bells @ weights.flatten() / (len(nodes) * width * (2 * torch.pi) ** .5)
+
+
+def parse(argv):
+    """The command line."""
+    count = record.number(int, 1)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('runs', nargs='+', metavar='RUN', help='run folders (their last model) or checkpoints')
+    add('--k', type=count, default=20, help='so many eigenpairs; default: 20')
+    add('--solver', choices=SOLVERS, default='lanczos',
+        help="power is the paper's method, at some 15 times the cost; default: lanczos")
+    add('--tol', type=record.number(float, 1e-12, 1), default=1e-3,
+        help='relative residual at which a pair has converged; default: 1e-3')
+    add('--max-products', type=count, help='Hessian-vector products at most; lanczos keeps a '
+        'vector for each; default: 15 k for lanczos, 50 k for power')
+    add('--draws', type=count, default=10,
+        help='random thetas whose mean L_eps normalises the eigenvalues; default: 10')
+    add('--trace', type=record.number(int, 0), default=0, metavar='PROBES',
+        help="Hutchinson's estimate of the trace, a product for each probe; default: none")
+    add('--density', type=record.number(int, 0), default=0, metavar='PROBES',
+        help='density of the spectrum by Lanczos quadrature, 50 products a probe; default: none')
+    analysis.add_flags(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == '__main__':
+    record.run(main)
