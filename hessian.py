@@ -149,6 +149,7 @@ def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, block=None, 
     none = like.new_zeros(0, dim)
     s = state or {'V': none, 'HV': none, 'v': analysis.random_unit(dim, like, seed, 0), 'spent': 0,
                   'values': [], 'residuals': []}
+    s |= {name: s[name].to(like) for name in ('V', 'HV', 'v')}  # a state comes from the disk
     while len(s['V']) < k:
         V, v = s['V'], s['v']
         for _ in range(2):
@@ -234,11 +235,14 @@ def eigenpairs(matvec, dim, like, made, path):
         nonlocal due
         kept['products'] += 1
         good = converged(values, residuals, made['tol'], like.dtype).sum()
-        bar.set_postfix_str(f'{good} of {made["k"]} pairs converged, lambda {values[0]:.4g} .. '
-                            f'{values[-1]:.2g}, residual {residuals.max():.0e}', refresh=False)
+        state_of = (f', {good} of {made["k"]} pairs converged, lambda {values[0]:.4g} .. '
+                    f'{values[-1]:.2g}, residual {residuals.max():.0e}')
+        bar.set_postfix_str(state_of[2:], refresh=False)
         bar.update()
         if time.monotonic() > due:
             start = time.monotonic()
+            if bar.disable:
+                print(f'  {kept["products"]} products{state_of}', flush=True)
             record.save(path, kept | {'state': state(), 'seconds': start - began})
             due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
 
@@ -293,12 +297,17 @@ def analyse(s, args):
         result = analysis.resume(paths['.json'], s.head | {'dim': dim}, args.device)
         print(f'{paths[".json"]}: Hessian of {dim:,} parameters on {len(s.x):,} adversarial '
               f'examples of {s.head["dataset"]}, eps {s.eps:.4g}')
-        x_adv = s.pgd(s.model, s.x, s.y, seed=args.seed)  # held fixed from here on
-        loss, error = attack.mean_loss(s.model, x_adv, s.y, args.batch_size)
-        result |= {'loss': loss, 'robust_error': error}
+
+        @functools.cache
+        def x_adv():  # made once, then held fixed
+            return s.pgd(s.model, s.x, s.y, seed=args.seed)
 
         def matvec(v):
-            return hvp(s.model, x_adv, s.y, v, args.batch_size)
+            return hvp(s.model, x_adv(), s.y, v, args.batch_size)
+
+        if 'loss' not in result:
+            result['loss'], result['robust_error'] = attack.mean_loss(s.model, x_adv(), s.y,
+                                                                      args.batch_size)
 
         made = {'k': args.k, 'tol': args.tol, 'max_products': args.max_products,
                 'solver': args.solver}

@@ -177,7 +177,9 @@ def surface(args):
         directions, source = eigenvectors(s, 2)
     else:
         directions, source = [filter_normalised(s.model, args.seed, i) for i in (5, 6)], None
-    x_fixed = s.pgd(s.model, s.x, s.y, seed=args.seed) if args.adversarial == 'fixed' else None
+    x_fixed = None
+    if args.adversarial == 'fixed':
+        x_fixed = s.pgd(s.model, s.x, s.y, seed=args.seed)
 
     def compute(a, b):
         with shifted(s.model, a * directions[0] + b * directions[1]):

@@ -73,13 +73,15 @@ landscape() {
     for seed in ${SEEDS:-0 1}; do
         for eps in 0 0.1 0.2 0.3 0.4; do
             analysed 4 $eps constant $seed
-            [[ $eps == 0 ]] || analysed 4 $eps linear $seed
         done
         for width in 1 2; do
             for eps in 0 0.3; do
                 analysed $width $eps constant $seed
             done
         done
+    done
+    for eps in 0.1 0.2 0.3 0.4; do
+        analysed 4 $eps linear 0
     done
     for eps in 0 0.2; do
         "$python" landscape.py connect ckpts/w4_eps${eps}_constant_s{0,1} --n-examples 500 \
