@@ -68,13 +68,14 @@ def describe(settings):
     return f'{settings["n_iter"]} x {settings["step_size"]:.3g}'
 
 
-def tables(folders):
+def tables(folders, quiet=False):
     """(config, result, rows) of each table; a row: label and its runs, (config, log, result)."""
     groups, seen = {}, {}
     for folder in folders:
         config, log, result = collect(folder)
         if result is None:
-            print(f'{folder} is not evaluated yet, so it is left out')
+            if not quiet:
+                print(f'{folder} is not evaluated yet, so it is left out')
             continue
         own = ('seed', 'eps_sched', 'eps_min', 'eps_max', 'periods', 'sessions')
         shared = {key: value for key, value in config.items() if key not in own}
@@ -139,13 +140,13 @@ def largest(folder, name, eps):
     """The result <name>*.json in `folder` at this eps of the most images; None if there is none."""
     results = [record.load(path) for path in folder.glob(f'{name}*.json')]
     return max((result for result in results if result['eps'] == eps
-                and (name != 'hessian' or 'eigen' in result)),
+                and (name != 'hessian' or 'scale' in result)),
                key=lambda result: result['n'], default=None)
 
 
 def spread(values, digits=3):
     """Mean and deviation over seeds of what is there: 1.23 +- 0.04."""
-    values = [value for value in values if value is not None]
+    values = [value for value in values if value not in (None, [])]
     if not values:
         return ''
     deviation = f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else ''
@@ -167,8 +168,9 @@ def measured(run, a):
         'last eigenvalue': values[-1],
         f'cosine, top, a = {a:g}': cosine.get('eigenvector'),
         f'cosine, random, a = {a:g}': cosine.get('random'),
-        'gradient, first': gradient[:part] and statistics.mean(gradient[:part]) or None,
-        'gradient, last': gradient[:part] and statistics.mean(gradient[-part:]) or None,
+        'gradient, first tenth': gradient and statistics.mean(gradient[:max(1, part // 10)]),
+        'gradient, last': gradient and statistics.mean(gradient[-part:]),
+        'distance': gradient and trace[part - 1]['distance'],
         'constant': run.dead and float(run.dead['predicted_classes'] == 1),
     } | {f'dead {row["layer"]}': row['share'] for row in (run.dead or {}).get('layers', [])}
 
@@ -177,17 +179,23 @@ def landscape(folders, out, a):
     """Draws the figures of analysed runs; returns the text of landscape.md, '' without any."""
     text = ''
     for head, by_eps in families(folders):
+        out.mkdir(parents=True, exist_ok=True)
         runs = [run for group in by_eps.values() for run in group]
         sizes = {name: sorted({getattr(run, name)['n'] for run in runs if getattr(run, name)})
                  for name in ANALYSES}
+        traced = runs[0].config.get('trace')
         n_train = head['n_train'] or data.SPLITS[head['dataset']]['train'][0]
-        text += (f'{MODELS[head["model"]]} of width {head["width"]}, {head["eps_sched"]} schedule, '
-                 f'{n_train:,} images of {head["dataset"]}, {head["epochs"]} epochs, batch '
+        title = (f'{MODELS[head["model"]]} of width {head["width"]}, {head["eps_sched"]} schedule, '
+                 f'{n_train:,} images of {head["dataset"]}')
+        text += (f'{title}, {head["epochs"]} epochs, batch '
                  f'{head["batch_size"]}, {head["optimizer"]} at lr {head["lr"]:g}, PGD of '
                  f'{head["n_iter"]} steps. Of the training images, '
                  + ', '.join(f'{" or ".join(map(str, size))} for {name}'
                              for name, size in sizes.items() if size)
-                 + '. Mean ± deviation over seeds.\n\n')
+                 + '. Mean ± deviation over seeds.'
+                 + ' Gradient norms are means over the first tenth of the updates traced at the '
+                   'start, {0}, and over the last {0}; the distance is that from theta_0 after '
+                   '{0}.'.format(traced) * bool(traced) + '\n\n')
         rows = {eps: [measured(run, a) for run in group] for eps, group in by_eps.items()}
         columns = list(dict.fromkeys(
             name for group in rows.values() for row in group for name in row))
@@ -200,7 +208,7 @@ def landscape(folders, out, a):
         if len(by_eps) > 1:
             stem = '_'.join(str(head[key]) for key in ('dataset', 'model', 'width', 'eps_sched'))
             for name, draw in (('fig2', figure_2), ('fig3', figure_3), ('fig4', figure_4)):
-                draw(by_eps, out / f'{name}_{stem}.png', text.splitlines()[0])
+                draw(by_eps, out / f'{name}_{stem}.png', title)
     return text
 
 
@@ -233,11 +241,12 @@ def figure_2(by_eps, path, title):
                        .reshape(-1, window).mean(1) for part in rows]
                 steps = rows[0][0]['step'] + window * (np.arange(len(cut[0])) + .5)
                 band(ax, steps, cut, f'eps {eps:.4g}')
-            ax.set(xlabel='update', ylabel=label, ylim=(0, None) if key != 'grad_norm' else None,
-                   title='the end' if side.start else 'the start')
+            ax.set(xlabel='update', ylabel=label, title='the end' if side.start else 'the start')
             if key == 'grad_norm':
                 ax.set_yscale('log')
-        axes[0].legend()
+            else:
+                ax.set_ylim(0, None)
+        axes[0].legend(loc='lower right', fontsize=8)
 
 
 def figure_3(by_eps, path, title):
@@ -297,14 +306,13 @@ def main(argv=None):
                         help='displacement whose similarities landscape.md shows; default: 0.1')
     args = parser.parse_args(argv)
     out, table = pathlib.Path(args.out), io.StringIO()
-    out.mkdir(parents=True, exist_ok=True)
     analysed = landscape(args.runs, out, args.a)
     if analysed:
         record.replace(out / 'landscape.md', lambda file: file.write(analysed.encode()))
         print(f'{analysed}written to {out}/landscape.md')
     text, cells = '', [['dataset', 'model', 'width', 'eps', 'epochs', 'n', 'schedule', 'runs',
                         *COLUMNS, 'train_minutes', 'notes']]
-    for config, result, rows in tables(args.runs):
+    for config, result, rows in tables(args.runs, quiet=bool(analysed)):
         text += head(config, result) + '\n\n'
         text += '| schedule | ' + ' | '.join(COLUMNS.values()) + ' | minutes | |\n'
         text += '|---' * (len(COLUMNS) + 3) + '|\n'
@@ -325,6 +333,7 @@ def main(argv=None):
     if not text:
         raise ValueError('none of these runs is evaluated yet: python evaluate.py RUN...')
     csv.writer(table, lineterminator='\n').writerows(cells)
+    out.mkdir(parents=True, exist_ok=True)
     record.replace(out / 'table1.md', lambda file: file.write(text.encode()))
     record.replace(out / 'table1.csv', lambda file: file.write(table.getvalue().encode()))
     print(text + f'written to {out}/table1.md and {out}/table1.csv')

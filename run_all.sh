@@ -66,9 +66,9 @@ landscape() {
         "$python" landscape.py dead $run "${data[@]}"
         jobs+=($run)
         [[ $1 == 4 ]] || return 0
-        "$python" hessian.py $run --n-examples 1000 "${data[@]}"
+        "$python" hessian.py $run --n-examples 500 "${data[@]}"
         "$python" landscape.py similarity $run --n-examples 250 \
-            --a 0 .02 .05 .1 .2 .5 1 "${data[@]}"
+            --a 0 .02 .1 .5 "${data[@]}"
     }
     for seed in ${SEEDS:-0 1}; do
         for eps in 0 0.1 0.2 0.3 0.4; do
@@ -87,7 +87,7 @@ landscape() {
         "$python" landscape.py connect ckpts/w4_eps${eps}_constant_s{0,1} --n-examples 500 \
             --epochs 40 --lr 0.02 --points 11 "${data[@]}"
     done
-    "$python" landscape.py surface ckpts/w4_eps0.2_constant_s0 --n-examples 250 --grid 15 \
+    "$python" landscape.py surface ckpts/w4_eps0.2_constant_s0 --n-examples 250 --grid 11 \
         "${data[@]}"
     "$python" landscape.py theory "${data[@]}"
     "$python" report.py "${jobs[@]}" --out results/landscape

@@ -93,3 +93,59 @@ def test_without_any_evaluation_the_way_out_is_told(runs, tmp_path):
     with pytest.raises(ValueError, match='evaluate.py'):
         report.main([str(runs / 'single'), '--out', str(tmp_path / 'results')])
     assert not (tmp_path / 'results').exists()
+
+
+def analysed_run(folder, eps, seed, top, gradients):
+    """A finished run with what the analyses leave, made up."""
+    folder.mkdir(parents=True)
+    config = dict(dataset='mnist5k', model='lenet', width=1, eps=eps, eps_sched='constant',
+                  periods=[1], epochs=1, step_size=.1, n_iter=2, seed=seed, n_train=100,
+                  batch_size=25, optimizer='adam', lr=1e-3, trace=2, sessions=[])
+    record.save(folder / 'config.json', config)
+    record.save(folder / 'period1.pt', {})
+    record.save(folder / 'trace.jsonl', [
+        {'step': step, 'grad_norm': norm, 'robust_error': .5, 'distance': 10. + step}
+        for step, norm in enumerate(gradients)])
+    head = {'eps': eps, 'n': 50, 'digest': ''}
+    record.save(folder / 'hessian_n50.json', head | {
+        'loss': .25, 'robust_error': .125, 'scale': {'mean': 2.},
+        'eigen': {'values': [top, -1.], 'residuals': [0, 0], 'converged': [True, True]}})
+    record.save(folder / 'hessian_n20.json', head | {'n': 20, 'loss': 9., 'robust_error': 1.})
+    record.save(folder / 'similarity_n50.json', head | {'points': [
+        {'direction': direction, 'a': a, 'cosine': cosine, 'variance': 0, 'robust_error': .5}
+        for direction, cosine in (('eigenvector', .4), ('random', .8)) for a in (0, .1)]})
+    record.save(folder / 'dead_n50.json', head | {'predicted_classes': 10, 'layers': [
+        {'layer': 'conv1', 'units': 4, 'dead': 1, 'share': .25, 'all': False}]})
+    return str(folder)
+
+
+def test_runs_of_several_budgets_are_one_table_with_means_over_seeds(tmp_path, capsys):
+    runs = [analysed_run(tmp_path / f'{eps}_{seed}', eps, seed, 10 + eps + 2 * seed, [4, 2, 1, 3])
+            for eps in (.2, 0, .1) for seed in (0, 1)]
+    report.main([*runs, '--out', str(tmp_path / 'results')])
+    text = (tmp_path / 'results/landscape.md').read_text()
+    assert text in capsys.readouterr().out
+    assert '100 images of mnist5k' in text and '50 for hessian' in text
+    head, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]]
+                      for line in text.splitlines() if line.startswith('|')]
+    assert [row[0] for row in rows] == ['0', '0.1', '0.2']
+    found = dict(zip(head, rows[2]))
+    expected = {'seeds': '2', 'L_eps': '0.25 ± 0', 'robust error': '0.125 ± 0',
+                'top eigenvalue': '11.2 ± 1.4', 'normalised': '5.6 ± 0.71',
+                'last eigenvalue': '-1 ± 0', 'cosine, top, a = 0.1': '0.4 ± 0',
+                'cosine, random, a = 0.1': '0.8 ± 0', 'gradient, first tenth': '4 ± 0',
+                'gradient, last': '2 ± 0', 'distance': '11 ± 0', 'constant': '0 ± 0',
+                'dead conv1': '0.25 ± 0'}
+    assert {name: found[name] for name in expected} == expected
+    for figure in 'fig2', 'fig3', 'fig4':
+        size = (tmp_path / f'results/{figure}_mnist5k_lenet_1_constant.png').stat().st_size
+        assert size > 10000
+
+
+def test_a_run_that_is_partly_analysed_has_empty_cells(tmp_path):
+    runs = [analysed_run(tmp_path / str(eps), eps, 0, 10, [1, 1, 1, 1]) for eps in (0, .1)]
+    for name in 'hessian_n50.json', 'trace.jsonl', 'similarity_n50.json':
+        (tmp_path / '0.1' / name).unlink()
+    report.main([*runs, '--out', str(tmp_path / 'results')])
+    row = (tmp_path / 'results/landscape.md').read_text().splitlines()[-2]
+    assert row.startswith('| 0.1 | 1 |  |  |') and '| 0.25 |' in row
