@@ -6,6 +6,7 @@ in eval mode and in float32 without TF32 (or float64).
 import contextlib
 import functools
 import hashlib
+import math
 import pathlib
 from types import SimpleNamespace
 
@@ -24,8 +25,8 @@ def subject(path, args):
 
     Returns model (the last one of a periodic run), x, y and index (the training images of the run,
     or --n-examples of them), eps, pgd (the attack of training at eps, but for model, x and y),
-    config (None for a checkpoint outside of a run), folder (where results belong) and head, what
-    results say of all this.
+    config (None for a checkpoint outside of a run), folder (where results belong), its name, again
+    (path and flags, as they were typed) and head, what results say of all this.
     """
     file, config = record.members(path)[-1]
     model = record.rebuild(file, config)
@@ -53,7 +54,10 @@ def subject(path, args):
         model=model.to(args.device, dtype), x=x[index].to(dtype), y=y[index], index=index, eps=eps,
         pgd=functools.partial(attack.pgd, eps=eps, index=index, batch_size=args.batch_size,
                               **settings),
-        config=config, folder=folder, head=head)
+        again=[str(path)] + [f'--{flag.replace("_", "-")} {value}' for flag, value in (
+            ('eps', args.eps), ('dataset', args.dataset), ('n_examples', args.n_examples))
+            if value is not None],
+        config=config, folder=folder, name=folder.resolve().name, head=head)
 
 
 load = functools.lru_cache(1)(data.load)  # runs named together mostly share their dataset
@@ -76,15 +80,18 @@ def add_flags(parser):
     record.add_machine_flags(parser)
 
 
-def recompute_bn(subject, **pgd):
+def recompute_bn(subject, x_adv=None, **pgd):
     """Gives subject.model the BatchNorm statistics that training would: of adversarial examples.
 
-    These are made under the statistics of the clean images. Without BatchNorm nothing happens.
+    Unless given, these are made under the statistics of the clean images. The statistics are means
+    over equal parts of some 250 images. Without BatchNorm nothing happens.
     """
-    model, x, batch_size = subject.model, subject.x, subject.pgd.keywords['batch_size']
+    model, x, n_parts = subject.model, subject.x, math.ceil(len(subject.x) / 250)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        update_bn(x.split(batch_size), model)
-        update_bn(subject.pgd(model, x, subject.y, **pgd).split(batch_size), model)
+        if x_adv is None:
+            update_bn(x.tensor_split(n_parts), model)
+            x_adv = subject.pgd(model, x, subject.y, **pgd)
+        update_bn(x_adv.tensor_split(n_parts), model)
 
 
 def flat(tensors):
@@ -113,11 +120,41 @@ def bar(unit, total=None, initial=0):
 
 
 def outputs(subject, stem, args, **tags):
-    """The path, without suffix, of what script `stem` computes under these arguments."""
+    """The path, without suffix, of what script `stem` computes; tags name what is not default."""
     tags |= {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}',
              'seed': args.seed or None, 'float': 64 if args.float64 else None}
     return subject.folder / '_'.join([stem] + [
         f'{tag}{value}' for tag, value in tags.items() if value is not None])
+
+
+@contextlib.contextmanager
+def sound(path):
+    """Inside, what is at `path` is read; if it is not as its script writes it, a ValueError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f'{path} is damaged or no result of this script ({type(error).__name__}: '
+                         f'{error}); delete it, and it is computed again') from error
+
+
+def kept(path, made):
+    """The state at `path` of a computation made as `made` says, to go on from; None without one."""
+    try:
+        state = record.load(path)
+        return state if state['made'] == made else None
+    except (OSError, ValueError, KeyError, TypeError):  # then it begins again
+        return None
+
+
+def vectors(path, result):
+    """The eigenvectors at `path`, (k, dim), if they are those of hessian.py's `result`; or None."""
+    try:
+        found = record.load(path)
+        if (found['digest'], found['values']) == (result['digest'], result['eigen']['values']):
+            return found['vectors']
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def resume(path, head, device):
@@ -139,7 +176,7 @@ def resume(path, head, device):
 def title(head):
     """What a figure is of, in one line: run, n and eps."""
     eps = f'{head["eps"] * 255:g}/255' if head['dataset'] == 'cifar10' else f'{head["eps"]:g}'
-    return (f'{pathlib.Path(head["checkpoint"]).parent.name}: eps {eps}, '
+    return (f'{pathlib.Path(head["checkpoint"]).resolve().parent.name}: eps {eps}, '
             f'n = {head["n"]:,} of {head["dataset"]}')
 
 

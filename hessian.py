@@ -45,6 +45,9 @@ def hvp(model, x, y, v, batch_size=250):
     return total
 
 
+CHECKS = 6
+
+
 class Krylov:
     """An orthonormal basis V of a block Krylov space of a symmetric matrix, and T = V H V'.
 
@@ -56,14 +59,21 @@ class Krylov:
 
     def __init__(self, matvec, like, starts, steps, seed):
         self.matvec, self.seed = matvec, seed
-        self.V, self.T = like.new_empty(steps, starts.shape[1]), torch.zeros(steps, steps).double()
+        try:
+            self.V = like.new_empty(steps, starts.shape[1])
+        except RuntimeError:
+            raise ValueError(f'{steps} vectors of {starts.shape[1]:,} parameters are too many for '
+                             'the memory; ask for fewer with --max-products') from None
+        self.T = torch.zeros(steps, steps).double()
         self.queue, self.owners, self.size = list(starts), [-1] * len(starts), 0
+        self.checking, self.reference, self.done = 0, starts.new_zeros(0), False  # of lanczos
 
     def state(self):
         """All that is needed to go on, as plain tensors; `restore` takes it."""
         n = self.size
-        return {'V': self.V[:n], 'T': self.T[:n, :n], 'queue': torch.stack(self.queue),
-                'owners': self.owners}
+        return {'V': self.V[:n].clone(), 'T': self.T[:n, :n].clone(),
+                'queue': torch.stack(self.queue), 'done': self.done,
+                'owners': self.owners, 'checking': self.checking, 'reference': self.reference}
 
     def restore(self, state):
         self.size = len(state['V'])
@@ -71,6 +81,8 @@ class Krylov:
         self.T[:self.size, :self.size] = state['T']
         self.queue = [q.to(self.V) for q in state['queue']]
         self.owners = list(state['owners'])
+        self.checking, self.reference = state['checking'], state['reference']
+        self.done = state['done']
 
     def orthogonal(self, q):
         """q less its part in the basis, and that part's coefficients; twice is enough."""
@@ -80,13 +92,18 @@ class Krylov:
         again = V @ q
         return q - V.T @ again, t + again
 
+    def random(self):
+        """A random direction outside of the basis."""
+        like = self.V[0]
+        return self.orthogonal(analysis.random_unit(len(like), like, self.seed, 1, self.size))[0]
+
     def step(self):
-        """Adds a direction to the basis at the cost of one product."""
-        q, _ = self.orthogonal(self.queue.pop(0))
-        owner = self.owners.pop(0)
-        rounding = 16 * torch.finfo(q.dtype).eps * self.T.abs().max()
-        if owner >= 0 and q.norm() <= rounding:
-            q, _ = self.orthogonal(analysis.random_unit(len(q), q, self.seed, 1, self.size))
+        """Adds a direction to the basis at the cost of one product: the one that waits longest, or
+        while checking the latest."""
+        place = -1 if self.checking else 0
+        q, owner = self.orthogonal(self.queue.pop(place))[0], self.owners.pop(place)
+        if owner >= 0 and q.norm() <= rounding(self.T, q.dtype):
+            q = self.random()
         v = self.V[self.size] = q / q.norm()
         self.queue = [other - (v @ other) * v for other in self.queue]
         self.size += 1
@@ -103,9 +120,27 @@ class Krylov:
         left = torch.stack([q for q, owner in zip(self.queue, self.owners) if owner >= 0])
         rows = S[[owner for owner in self.owners if owner >= 0]][:, top]
         gram = (left @ left.T).double()
-        rounding = torch.finfo(left.dtype).eps * values.abs().max()
         norms = ((gram @ rows) * rows).sum(0).clamp(min=0).sqrt()
-        return values[top], S[:, top], norms.clamp(min=rounding)
+        return values[top], S[:, top], norms.clamp(min=rounding(values, left.dtype))
+
+    def check(self, values, good, tol):
+        """Are these Ritz values, if all are `good`, the top ones and none is missing? Then `done`.
+
+        A Krylov space may miss copies of a multiple eigenvalue. So CHECKS steps go to a new random
+        direction: what is missing appears there, and the search goes on.
+        """
+        if not good:
+            self.checking = 0
+        elif not self.checking:
+            self.checking, self.reference = CHECKS, values
+            self.queue.append(self.random())
+            self.owners.append(-1)
+        elif not torch.allclose(values, self.reference, rtol=tol,
+                                atol=rounding(values, self.V.dtype).item()):
+            self.checking = 0
+        else:
+            self.checking -= 1
+            self.done = self.checking == 0
 
 
 def lanczos(matvec, dim, k, *, tol=1e-3, max_products=None, block=2, like=None, seed=0, state=None,
@@ -114,7 +149,8 @@ def lanczos(matvec, dim, k, *, tol=1e-3, max_products=None, block=2, like=None, 
 
     Returns eigenvalues, (k,), by falling magnitude and with their signs, orthonormal eigenvectors,
     (k, dim), and relative residuals ||H v - lambda v|| / |lambda|, (k,). It ends when all are at
-    most `tol` or after `max_products` products (15 k unless given), whose vectors it keeps.
+    most `tol` and a random direction shows no other, or after `max_products` products (15 k unless
+    given), whose vectors it keeps. The largest entry of an eigenvector is positive.
 
     Vectors are of the dtype and on the device of `like` (float32, CPU). After each product
     watch(state, values, residuals) is told where it stands; a `state` handed in goes on from there.
@@ -125,16 +161,15 @@ def lanczos(matvec, dim, k, *, tol=1e-3, max_products=None, block=2, like=None, 
     space = Krylov(matvec, like, starts, steps, seed)
     if state:
         space.restore(state)
-    while space.size < steps:
+    while space.size < steps and not space.done:
         space.step()
-        values, S, residuals = space.ritz(k)
+        values, _, residuals = space.ritz(k)
+        good = converged(values, relative(values, residuals), tol, like.dtype)
+        space.check(values, len(good) == k and good.all(), tol)
         if watch:
             watch(space.state, values, relative(values, residuals))
-        good = converged(values, relative(values, residuals), tol, like.dtype)
-        if len(good) == k and good.all():
-            break
     values, S, residuals = space.ritz(k)
-    return values, S.T.to(space.V) @ space.V[:space.size], relative(values, residuals)
+    return values, upright(S.T.to(space.V) @ space.V[:space.size]), relative(values, residuals)
 
 
 def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, block=None, like=None, seed=0,
@@ -172,7 +207,7 @@ def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, block=None, 
     values, S = values[order], S[:, order].T.to(like)
     vectors = S @ s['V']
     norms = (S @ s['HV'] - values.to(like)[:, None] * vectors).norm(dim=1).double()
-    return values, vectors, relative(values, norms)
+    return values, upright(vectors), relative(values, norms)
 
 
 def quadrature(matvec, dim, steps=50, *, like=None, seed=0):
@@ -214,10 +249,21 @@ def relative(values, norms):
     return norms / values.abs().clamp(min=1e-30)
 
 
+def rounding(values, dtype):
+    """What products of a matrix with these eigenvalues may be off by: some 40 eps were measured."""
+    return 64 * torch.finfo(dtype).eps * values.abs().max()
+
+
 def converged(values, residuals, tol, dtype):
     """Which pairs have relative residuals of at most `tol`, or are zero within rounding."""
-    rounding = 16 * torch.finfo(dtype).eps * values.abs().max()
-    return (residuals <= tol) | (residuals * values.abs().clamp(min=1e-30) <= rounding)
+    zero = values.abs().maximum(residuals * values.abs().clamp(min=1e-30))
+    return (residuals <= tol) | (zero <= 1.01 * rounding(values, dtype))
+
+
+def upright(vectors):
+    """The vectors, (k, dim), with signs such that the entry of largest magnitude is positive."""
+    largest = vectors.gather(1, vectors.abs().argmax(1, keepdim=True))
+    return torch.where(largest < 0, -vectors, vectors)
 
 
 def eigenpairs(matvec, dim, like, made, path):
@@ -226,9 +272,7 @@ def eigenpairs(matvec, dim, like, made, path):
     Shows progress. The state of the solver is kept at `path`, once a minute or in a twentieth of
     the time where keeping it is slow, and what is found there goes on.
     """
-    kept = record.load(path) if path.exists() else {}
-    if kept.get('made') != made:
-        kept = {'made': made, 'state': None, 'products': 0, 'seconds': 0.}
+    kept = analysis.kept(path, made) or {'made': made, 'state': None, 'products': 0, 'seconds': 0.}
     began, due = time.monotonic() - kept['seconds'], time.monotonic() + 60
 
     def watch(state, values, residuals):
@@ -283,6 +327,8 @@ def scale(subject, n_draws, seed):
 def main(argv=None):
     args = parse(argv)
     for path in args.runs:
+        record.members(path)  # what is wrong with a later one is said before hours go to the first
+    for path in args.runs:
         with models.tf32(False):
             analyse(analysis.subject(path, args), args)
 
@@ -295,6 +341,8 @@ def analyse(s, args):
     like = s.x.new_zeros(())
     with record.lock(s.folder):
         result = analysis.resume(paths['.json'], s.head | {'dim': dim}, args.device)
+        with analysis.sound(paths['.json']):
+            check(result)
         print(f'{paths[".json"]}: Hessian of {dim:,} parameters on {len(s.x):,} adversarial '
               f'examples of {s.head["dataset"]}, eps {s.eps:.4g}')
 
@@ -309,11 +357,12 @@ def analyse(s, args):
             result['loss'], result['robust_error'] = attack.mean_loss(s.model, x_adv(), s.y,
                                                                       args.batch_size)
 
-        made = {'k': args.k, 'tol': args.tol, 'max_products': args.max_products,
+        if not satisfies(result.get('eigen'), args) or (
+                analysis.vectors(paths['.pt'], result) is None):
+            made = {name: value for name, value in s.head.items() if name != 'checkpoint'} | {
+                'k': args.k, 'tol': args.tol, 'max_products': args.max_products,
                 'solver': args.solver}
-        if not made.items() <= result.get('eigen', {}).items() or not paths['.pt'].exists():
-            result['eigen'], vectors = eigenpairs(matvec, dim, like, s.head | made,
-                                                  paths['.state.pt'])
+            result['eigen'], vectors = eigenpairs(matvec, dim, like, made, paths['.state.pt'])
             record.save(paths['.pt'], {'digest': s.head['digest'], 'vectors': vectors.float().cpu(),
                                        'values': result['eigen']['values']})
             record.save(paths['.json'], result)
@@ -341,6 +390,24 @@ def analyse(s, args):
         draw(result, paths['.png'])
 
 
+def check(result):
+    """Raises some error where a part of the result is not of the types that `analyse` writes."""
+    eigen, density = result.get('eigen'), result.get('density', {'nodes': [], 'weights': []})
+    numbers = result.get('trace', {'estimates': []})['estimates'] + [result.get('loss', 0)]
+    numbers += [result.get('scale', {'mean': 1})['mean'], *sum(density['nodes'], []),
+                *sum(density['weights'], [])]
+    if eigen:
+        numbers += eigen['values'] + eigen['residuals'] + [eigen['k'], eigen['tol']]
+        all(eigen['converged']), eigen['solver'], eigen['max_products'], eigen['products'] + 0.
+    sum(numbers)
+
+
+def satisfies(eigen, args):
+    """Whether the eigenpairs at hand are those asked for, or more, or more exact."""
+    return bool(eigen) and eigen['k'] >= args.k and eigen['tol'] <= args.tol and (
+        all(eigen['converged']) or eigen['max_products'] == args.max_products)
+
+
 def mean(estimates):
     """Mean of independent estimates and its standard error (None of a single one)."""
     n = len(estimates)
@@ -362,8 +429,8 @@ def show(result):
         print('  Pairs that have not converged are no eigenpairs yet: more --max-products')
     if result['trace']['estimates']:
         value, error = mean(result['trace']['estimates'])
-        print(f'  trace {value:.5g}' + f' +- {error:.2g} (standard error, '
-              f'{len(result["trace"]["estimates"])} probes)' * (error is not None))
+        error = '' if error is None else f' +- {error:.2g}, one standard error'
+        print(f'  trace {value:.5g}{error}, {len(result["trace"]["estimates"])} probes')
 
 
 def draw(result, path):
@@ -410,8 +477,9 @@ def parse(argv):
         help="power is the paper's method, at some 15 times the cost; default: lanczos")
     add('--tol', type=record.number(float, 1e-12, 1), default=1e-3,
         help='relative residual at which a pair has converged; default: 1e-3')
-    add('--max-products', type=count, help='Hessian-vector products at most; lanczos keeps a '
-        'vector for each; default: 15 k for lanczos, 50 k for power')
+    add('--max-products', type=record.number(int, 1, 100000),
+        help='Hessian-vector products at most; lanczos keeps a vector for each; '
+        'default: 15 k for lanczos, 50 k for power')
     add('--draws', type=count, default=10,
         help='random thetas whose mean L_eps normalises the eigenvalues; default: 10')
     add('--trace', type=record.number(int, 0), default=0, metavar='PROBES',

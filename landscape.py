@@ -11,6 +11,7 @@ Eigenvectors come from `python hessian.py RUN`. An interrupted computation goes 
 """
 import argparse
 import contextlib
+import hashlib
 import math
 import pathlib
 import statistics
@@ -70,10 +71,13 @@ def fill(out, head, names, keys, compute, args):
     with record.lock(out.parent):
         result = analysis.resume(path, head, args.device)
         points = result.setdefault('points', [])
-        done = {tuple(point[name] for name in names) for point in points}
-        missing = [key for key in keys if key not in done]
+        with analysis.sound(path):
+            done = {tuple(point[name] for name in names) for point in points}
+            for point in points:  # numbers, but for the names
+                sum(value or 0 for name, value in point.items() if name not in names)
+        missing = [key for key in dict.fromkeys(keys) if key not in done]
         print(f'{path}: {len(missing)} of {len(keys)} points to compute', flush=True)
-        with analysis.bar('points', len(keys), len(keys) - len(missing)) as bar:
+        with analysis.bar('points', len(missing)) as bar:
             for key in missing:
                 began = time.monotonic()
                 points.append(dict(zip(names, key)) | compute(*key))
@@ -81,28 +85,36 @@ def fill(out, head, names, keys, compute, args):
                 record.save(path, result)
                 bar.update()
     points.sort(key=lambda point: [point[name] for name in names])
-    return result
+    asked = [point for point in points if tuple(point[name] for name in names) in set(keys)]
+    return result | {'points': asked}
 
 
 def eigenvectors(subject, k):
     """The top k eigenvectors of the subject's Hessian, (k, dim), and the file they are from.
 
-    Of several files that hessian.py left at this eps the one of most images is taken.
+    Of several files that hessian.py left at this eps one whose pairs have converged is taken, and
+    of these the one of most images.
     """
     s, found = subject, []
     for path in sorted(s.folder.glob('hessian*.json')):
         result = record.load(path)
-        kept = record.suffixed(path.with_suffix(''), '.pt')
-        if (result.get('digest'), result.get('eps')) == (s.head['digest'], s.eps) \
-                and len(result.get('eigen', {}).get('values', [])) >= k and kept.exists():
-            found.append((result['n'], kept, result['eigen']['converged'][:k]))
-    if not found:
+        with analysis.sound(path):
+            if (result['digest'], result['eps']) == (s.head['digest'], s.eps) \
+                    and 'eigen' in result and len(result['eigen']['values']) >= k:
+                found.append((all(result['eigen']['converged'][:k]), result['n'], str(path)))
+    vectors = None
+    if found:
+        good, n, name = max(found)
+        path = pathlib.Path(name)
+        vectors = analysis.vectors(path.with_suffix('.pt'), record.load(path))
+    if vectors is None or vectors.shape[1] != sum(p.numel() for p in s.model.parameters()):
         raise ValueError(f'{s.folder} holds no {k} eigenvectors at eps {s.eps:g}; first: '
-                         f'python hessian.py {s.head["checkpoint"]} --eps {s.eps:g}')
-    n, path, good = max(found)
-    if not all(good):
+                         f'python hessian.py {" ".join(s.again)}')
+    if not good:
         print(f'{path}: not all of the top {k} eigenvectors have converged')
-    return record.load(path)['vectors'][:k].to(s.x), f'{path.name}, {n} images'
+    vectors = vectors[:k]
+    digest = hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
+    return vectors.to(s.x), f'{path.stem}, {n} images, {digest[:10]}'
 
 
 def similarity(args):
@@ -124,11 +136,12 @@ def similarity(args):
             rows.append(cosines(s.x, x_adv[+1], x_adv[-1]))
         means = [row.nanmean().item() for row in rows if not row.isnan().all()]
         return {'cosine': statistics.mean(means) if means else None,
-                'variance': statistics.pvariance(means) if means else None,
+                'variance': statistics.variance(means) if len(means) > 1 else None,
                 'undefined': torch.stack(rows).isnan().double().mean().item(),
                 'robust_error': statistics.mean(errors[+1] + errors[-1])}
 
-    out = analysis.outputs(s, 'similarity', args)
+    out = analysis.outputs(s, 'similarity', args, runs=args.runs if args.runs != 4 else None,
+                           starts_=args.starts if args.starts != 'equal' else None)
     head = s.head | {'eigenvectors': source, 'runs': args.runs, 'starts': args.starts}
     keys = [(direction, a) for direction in directions for a in args.a]
     result = fill(out, head, ('direction', 'a'), keys, compute, args)
@@ -172,6 +185,8 @@ def filter_normalised(model, *words):
 
 def surface(args):
     """Figure 12: L_eps and robust error on a grid theta + a v_1 + b v_2, and its middle slices."""
+    if len(args.grid) > 2:
+        raise ValueError(f'--grid takes one or two numbers, got {len(args.grid)}')
     s = analysis.subject(args.run, args)
     if args.directions == 'eigen':
         directions, source = eigenvectors(s, 2)
@@ -184,16 +199,18 @@ def surface(args):
     def compute(a, b):
         with shifted(s.model, a * directions[0] + b * directions[1]):
             if args.recompute_bn:
-                analysis.recompute_bn(s, seed=args.seed)
+                analysis.recompute_bn(s, x_fixed, seed=args.seed)
             x_adv = s.pgd(s.model, s.x, s.y, seed=args.seed) if x_fixed is None else x_fixed
             loss, error = attack.mean_loss(s.model, x_adv, s.y)
         return {'loss': loss, 'robust_error': error}
 
-    out = analysis.outputs(s, 'surface', args)
+    out = analysis.outputs(s, 'surface', args, filter='' if args.directions == 'filter' else None,
+                           fixed='' if args.adversarial == 'fixed' else None,
+                           bn='' if args.recompute_bn else None)
     head = s.head | {'eigenvectors': source, 'directions': args.directions,
                      'adversarial': args.adversarial, 'recompute_bn': args.recompute_bn}
     ticks = [[args.radius * (2 * i / (n - 1) - 1) if n > 1 else 0. for i in range(n)]
-             for n in (args.grid * 2)[:2]]
+             for n in args.grid[:1] + args.grid[-1:]]
     keys = [(a, b) for a in ticks[0] for b in ticks[1]]
     result = fill(out, head, ('a', 'b'), keys, compute, args)
     points = {(point['a'], point['b']): point for point in result['points']}
@@ -203,6 +220,8 @@ def surface(args):
           f'{error.max():.1%} on {len(ticks[0])} x {len(ticks[1])} points')
     axis = '{} along the {} ' + ('eigenvector' if source else 'random direction, filter-normalised')
     labels = axis.format('$a$', 'top'), axis.format('$b$', 'second')
+    if len(keys) == 1:
+        return
     flat = min(map(len, ticks)) == 1  # a line, no plane
     with analysis.figure(record.suffixed(out, '.png'), 1 if flat else 3, analysis.title(s.head) + (
             '' if x_fixed is None else ', adversarial examples of the centre')) as axes:
@@ -256,7 +275,7 @@ class Curve(nn.Module):
     def theta(self, t):
         """The parameters at t, (dim,)."""
         weights = self.weights(t)
-        inner = torch.tensor(weights[1:-1]).to(self.inner) @ self.inner
+        inner = self.inner.new_tensor(weights[1:-1]) @ self.inner
         return weights[0] * self.first + inner + weights[-1] * self.last
 
     def forward(self, x):
@@ -268,11 +287,12 @@ class Curve(nn.Module):
 def train_curve(curve, s, args, made, path):
     """Trains the inner points on the mean L_eps over t uniform in [0, 1]; goes on from `path`."""
     optimizer = torch.optim.SGD([curve.inner], args.lr, momentum=.9, weight_decay=1e-6)
-    kept = record.load(path) if path.exists() else {}
-    if kept.get('made') != made:
-        kept = {'made': made, 'losses': []}
-    else:
+    made = {name: value for name, value in made.items() if name != 'checkpoint'}
+    kept = analysis.kept(path, made) or {'made': made, 'losses': []}
+    if kept['losses']:
         curve.inner.data.copy_(kept['inner'])
+        for buffer, value in zip(curve.model.buffers(), kept['buffers']):  # BatchNorm's statistics
+            buffer.copy_(value)
         optimizer.load_state_dict(kept['optimizer'])
     augment = bool(s.config and s.config.get('augment'))
     with analysis.bar('epochs', args.epochs, len(kept['losses'])) as bar:
@@ -298,6 +318,7 @@ def train_curve(curve, s, args, made, path):
             bar.set_postfix_str(f'loss {total:.4f}', refresh=False)
             bar.update()
             record.save(path, kept | {'inner': curve.inner.detach().cpu(),
+                                      'buffers': list(curve.model.buffers()),
                                       'optimizer': optimizer.state_dict()})
     return kept['losses']
 
@@ -305,6 +326,8 @@ def train_curve(curve, s, args, made, path):
 def connect(args):
     """C.2.5: a curve between two runs, trained to be low, and the straight line, under L_eps."""
     s, other = (analysis.subject(path, args) for path in (args.run, args.other))
+    if s.head['digest'] == other.head['digest']:
+        raise ValueError(f'{args.run} and {args.other} are one and the same network')
     if [p.shape for p in s.model.parameters()] != [p.shape for p in other.model.parameters()]:
         raise ValueError(f'{args.run} and {args.other} are networks of different shapes')
     if s.head['dataset'] != other.head['dataset'] or s.eps != other.eps:
@@ -314,9 +337,12 @@ def connect(args):
     x_test, y_test = (part[:len(s.x)] for part in analysis.load(
         s.head['dataset'], args.data_dir, args.device)[2:])
     x_test = x_test.to(s.x.dtype)
-    out = analysis.outputs(s, f'connect_{other.folder.name}', args)
-    head = s.head | {'other': other.head['digest']} | {name: getattr(args, name) for name in (
-        'curve', 'n_control', 'epochs', 'lr', 'train_batch_size')}
+    made = {name: getattr(args, name) for name in ('curve', 'n_control', 'epochs', 'lr',
+                                                   'train_batch_size')}
+    usual = vars(parse(['connect', '', '']))
+    out = analysis.outputs(s, f'connect_{other.name}', args, **{
+        f'{name}_': value for name, value in made.items() if value != usual[name]})
+    head = s.head | {'other': other.head['digest']} | made
     curves = {'line': Curve(s.model, *ends),
               args.curve: Curve(s.model, *ends, args.n_control, args.curve)}
     with record.lock(s.folder):
@@ -347,7 +373,7 @@ def connect(args):
               f' at most {highest["loss"]:.4g}, at t = {highest["t"]:.2f}: a barrier of '
               f'{result["barriers"][path]:.4g}; robust error there {highest["robust_error"]:.1%}')
     with analysis.figure(record.suffixed(out, '.png'), 2,
-                         f'{analysis.title(s.head)}\nto {other.folder.name}') as axes:
+                         f'{analysis.title(s.head)}\nto {other.name}') as axes:
         for (path, points), style in zip(rows.items(), ('--', '-')):
             for ax, key in zip(axes, ('loss', 'robust_error')):
                 t = [point['t'] for point in points]
@@ -407,6 +433,8 @@ def dead_units(model, x, batch_size=250):
 
 def dead(args):
     """C.2.4: the share of units in each layer that no training image activates, for each run."""
+    for path in args.runs:
+        record.members(path)  # what is wrong with one is said before the table begins
     print(f'  {"run":<32}{"eps":>6}{"width":>6}  dead units by layer (a layer all dead: DEAD)')
     for path in args.runs:
         s = analysis.subject(path, args)
@@ -425,7 +453,7 @@ def dead(args):
             text = '  '.join(f'{row["layer"]} ' + ('DEAD' if row['all'] else f'{row["share"]:.0%}')
                              for row in result['layers'])
             width = s.config['width'] if s.config else ''
-            print(f'  {s.folder.name:<32}{s.eps:>6.4g}{width:>6}  {text}'
+            print(f'  {s.name:<32}{s.eps:>6.4g}{width:>6}  {text}'
                   + '  (a constant classifier)' * (result['predicted_classes'] == 1))
             with analysis.figure(record.suffixed(out, '.png'), 1, analysis.title(s.head)) as (ax,):
                 names = [row['layer'] for row in result['layers']]
@@ -496,6 +524,7 @@ def large_gradients(eps, gammas, seed, n=100, n_runs=20, n_steps=10000):
 def theory(args):
     """Section 3 in numbers: Proposition 1 and Theorem 1 on linear models, Theorem 2, Figure 1."""
     began, out = time.monotonic(), pathlib.Path(args.out, 'theory')
+    out.parent.mkdir(parents=True, exist_ok=True)
     x, y = analysis.load('mnist5k', args.data_dir, 'cpu')[:2]
     rows = data.subset(len(x), 500)
     x, y = x[rows].flatten(1).double(), y[rows]
@@ -522,7 +551,7 @@ def theory(args):
               f'{needed.max():.4g}; eps = ||x||_inf = {points.abs().max():.4g} suffices for any')
     gammas = [2 + i / 4 for i in range(17)]
     theorem_2 = [{'eps': value, 'points': large_gradients(value, gammas, args.seed)}
-                 for value in (.1, .6, 1.2)]
+                 for value in (.05, .1, .2)]
     for row in theorem_2:
         holds = all(point['share'] < point['bound'] for point in row['points'])
         print(f'  Theorem 2, eps {row["eps"]}: P(gradient > 2 eps L) = '
@@ -531,7 +560,6 @@ def theory(args):
     theta = torch.linspace(-2, 2, 401, dtype=torch.float64)
     figure_1 = {'theta': theta.tolist(), 'curves': {
         str(value): adversarial_log_loss(theta, 1., value)[0].tolist() for value in (0, .6, 1.2)}}
-    out.parent.mkdir(parents=True, exist_ok=True)
     record.save(record.suffixed(out, '.json'), {
         'seed': args.seed, 'theorem_1': theorem_1, 'theorem_2': theorem_2, 'figure_1': figure_1,
         'seconds': round(time.monotonic() - began, 1), 'sessions': [record.describe('cpu')]})
@@ -581,13 +609,14 @@ def parse(argv):
     add = command(similarity, 'run')
     add('--a', type=number(float, 0), nargs='+', default=[0., .1, .2, .4, .6, .8, 1.],
         help='displacements along the unit vector v; default: 0 0.1 0.2 0.4 0.6 0.8 1')
-    add('--runs', type=count, default=4, help='of PGD, from other starts; default: 4')
+    add('--runs', type=number(int, 1, 1000), default=4,
+        help='of PGD, from other starts; default: 4')
     add('--starts', choices=('equal', 'independent'), default='equal',
         help='whether PGD starts alike at theta + a v and theta - a v; default: equal')
     add = command(surface, 'run')
     add('--directions', choices=('eigen', 'filter'), default='eigen',
         help='top two eigenvectors, or two random filter-normalised directions; default: eigen')
-    add('--grid', type=count, nargs='+', default=[21],
+    add('--grid', type=number(int, 1, 1000), nargs='+', metavar='N', default=[21],
         help='points a side; 41 1 is a line along the first direction; default: 21')
     add('--radius', type=number(float, 0), default=.5, help='largest displacement; default: 0.5')
     add('--adversarial', choices=('regenerate', 'fixed'), default='regenerate',
@@ -596,13 +625,14 @@ def parse(argv):
     add('--recompute-bn', action='store_true', help="BatchNorm's statistics afresh at every point")
     add = command(connect, 'run', 'other')
     add('--curve', choices=('bezier', 'polygon'), default='bezier', help='default: bezier')
-    add('--n-control', type=number(int, 3), default=5,
+    add('--n-control', type=number(int, 3, 100), default=5,
         help='control points, with the two ends; default: 5')
     add('--epochs', type=count, default=200, help='default: 200')
     add('--lr', type=number(float, 0), default=.1,
         help='of SGD, a tenth at half and a hundredth at three quarters; default: 0.1')
     add('--train-batch-size', type=count, default=128, help='default: 128')
-    add('--points', type=number(int, 2), default=21, help='measured along a path; default: 21')
+    add('--points', type=number(int, 2, 10000), default=21,
+        help='measured along a path; default: 21')
     command(dead, 'runs', nargs='+')
     for name in 'similarity', 'surface', 'connect', 'dead':
         analysis.add_flags(commands.choices[name])

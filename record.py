@@ -97,7 +97,7 @@ def lock(folder):
                              'wait for it or choose another folder') from None
         for leftover in folder.iterdir():  # of a process that was killed while it wrote
             if re.fullmatch(r'\.(config|log|trace|last|period\d+|(evaluate|hessian|similarity'
-                            r'|surface|connect|dead)\S*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp',
+                            r'|surface|connect|dead|theory).*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp',
                             leftover.name):
                 leftover.unlink()
         yield
@@ -130,7 +130,8 @@ def start(folder, config, device):
     last, lost = folder / 'last.pt', []
     if last.exists():
         state = load(last)
-        if not isinstance(state, dict) or state.get('config') != config:
+        if not isinstance(state, dict) or not isinstance(state.get('config'), dict) or any(
+                state['config'].get(flag) != config[flag] for flag in config):
             raise ValueError(f'{last} is not of this run; delete it, and the run begins again')
         ends = itertools.accumulate(config['periods'])
         lost = [path.name for path, end in zip(period_files(folder, config), ends)
@@ -150,9 +151,11 @@ def config_of(folder):
     if not path.exists():
         raise ValueError(f'{folder} is no run: it has no config.json')
     config = load(path)
-    needed = ('dataset', 'model', 'width', 'eps', 'eps_sched', 'periods', 'epochs', 'step_size',
-              'n_iter', 'seed', 'sessions')
-    if not isinstance(config, dict) or any(key not in config for key in needed):
+    needed = dict(dataset=str, model=str, width=int, eps=(int, float), eps_sched=str, periods=list,
+                  epochs=int, step_size=(int, float), n_iter=int, seed=int, sessions=list)
+    if not isinstance(config, dict) or not all(
+            isinstance(config.get(key), kind) for key, kind in needed.items()) or not (
+            0 <= config['eps'] <= 1 and (config.get('n_train') or 1) > 0):
         raise ValueError(f'{path} is damaged; without it the run must begin again, elsewhere')
     return config
 

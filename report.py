@@ -8,7 +8,9 @@ own, with its sizes in the head. Over several seeds a number is mean and deviati
 """
 import argparse
 import csv
+import hashlib
 import io
+import os
 import pathlib
 import statistics
 from types import SimpleNamespace
@@ -116,32 +118,59 @@ def numbers(runs):
 
 
 def families(folders):
-    """(head, {eps: runs}) of analysed runs that differ in nothing but eps and seed.
+    """(config, {eps: runs}) of analysed runs that differ in nothing but eps and seed.
 
-    A run: its config, and its trace and analyses as far as they are there, else None.
+    What the paper ties to eps may differ with it: the steps of PGD and the end of the schedule. A
+    run: its config, and its trace and analyses as far as they are there, else None.
     """
-    found = {}
-    for folder in map(pathlib.Path, folders):
-        config = record.config_of(folder)
-        run = SimpleNamespace(config=config, trace=None, **{
-            name: largest(folder, name, config['eps']) for name in ANALYSES})
-        if (folder / 'trace.jsonl').exists() and record.finished(folder):
-            run.trace = record.load(folder / 'trace.jsonl')
-        if run.trace or run.hessian or run.similarity or run.dead:
-            shared = ('dataset', 'model', 'width', 'eps_sched', 'epochs', 'batch_size', 'optimizer',
-                      'lr', 'n_train', 'n_iter')
-            key = tuple((name, config.get(name)) for name in shared)
-            found.setdefault(key, {}).setdefault(config['eps'], []).append(run)
-    for key, runs in sorted(found.items(), key=str):
-        yield dict(key), dict(sorted(runs.items()))
+    found, own = [], ('seed', 'eps', 'sessions', 'trace', 'eps_max')
+    for folder in map(pathlib.Path, dict.fromkeys(map(os.path.realpath, folders))):
+        config, trace = record.config_of(folder), folder / 'trace.jsonl'
+        with analysis.sound(f'a result in {folder}'):
+            done = record.finished(folder)
+            digest = hashlib.sha256(record.period_files(folder, config)[-1].read_bytes()
+                                    ).hexdigest() if done else None
+            run = SimpleNamespace(config=config, **{
+                name: largest(folder, name, config['eps'], digest) for name in ANALYSES},
+                trace=record.load(trace) if done and trace.exists() else None)
+        if not (run.trace or run.hessian or run.similarity or run.dead):
+            continue
+        usual = data.paper(config['dataset'], config['eps'])
+        steps = config['n_iter'], round(config['step_size'] / (config['eps'] or 1), 6)
+        if config['eps'] == 0:
+            steps = None  # no attack: such a run goes with any
+        elif (config['n_iter'], config['step_size']) == (usual['n_iter'], usual['step_size']):
+            steps = 'the paper'
+        shared = {name: value for name, value in config.items()
+                  if name not in (*own, 'n_iter', 'step_size')}
+        ends = config['eps_max'] / config['eps'] if config['eps'] else None
+        for family in found:
+            if family['shared'] == shared and all(
+                    None in (mine, its) or mine == its for mine, its in (
+                        (steps, family['steps']), (ends and round(ends, 6), family['ends']))):
+                break
+        else:
+            family = {'shared': shared, 'steps': None, 'ends': None, 'runs': {}}
+            found.append(family)
+        family['steps'] = family['steps'] or steps
+        family['ends'] = family['ends'] or ends and round(ends, 6)
+        seeds = family['runs'].setdefault(config['eps'], {})
+        if config['seed'] in seeds:
+            raise ValueError(f'{folder} is one and the same run as another, of seed '
+                             f'{config["seed"]}; name it once')
+        seeds[config['seed']] = run
+    for family in sorted(found, key=lambda family: str(family['shared'])):
+        by_eps = {eps: list(seeds.values()) for eps, seeds in sorted(family['runs'].items())}
+        yield max(by_eps.items())[1][0].config, by_eps
 
 
-def largest(folder, name, eps):
-    """The result <name>*.json in `folder` at this eps of the most images; None if there is none."""
+def largest(folder, name, eps, digest):
+    """The result <name>*.json in `folder` of the last model at this eps of the most images."""
     results = [record.load(path) for path in folder.glob(f'{name}*.json')]
-    return max((result for result in results if result['eps'] == eps
+    return max((result for result in results if result['eps'] == eps and result['digest'] == digest
                 and (name != 'hessian' or 'scale' in result)),
-               key=lambda result: result['n'], default=None)
+               key=lambda result: (name != 'hessian' or all(result['eigen']['converged']),
+                                   result['n']), default=None)
 
 
 def spread(values, digits=3):
@@ -157,46 +186,58 @@ def measured(run, a):
     """The numbers of one run in landscape.md, column -> value or None."""
     trace, hessian, points = run.trace, run.hessian, (run.similarity or {}).get('points', [])
     gradient = [row['grad_norm'] for row in trace or []]
-    part = min(run.config.get('trace') or 0, len(gradient) // 2)
+    part = min(run.config.get('trace') or 0, max(1, len(gradient) // 2))
     cosine = {point['direction']: point['cosine'] for point in points if point['a'] == a}
-    values = hessian['eigen']['values'] if hessian else [None]
+    values = trusted(hessian) if hessian else [None]
+    constant = run.dead and run.dead['predicted_classes'] == 1
+    if constant:  # without gradients PGD stays where it starts
+        cosine = {}
     return {
         'L_eps': hessian and hessian['loss'],
         'robust error': hessian and hessian['robust_error'],
         'top eigenvalue': values[0],
-        'normalised': hessian and values[0] / hessian['scale']['mean'],
+        'normalised': values[0] and values[0] / hessian['scale']['mean'],
         'last eigenvalue': values[-1],
         f'cosine, top, a = {a:g}': cosine.get('eigenvector'),
         f'cosine, random, a = {a:g}': cosine.get('random'),
         'gradient, first tenth': gradient and statistics.mean(gradient[:max(1, part // 10)]),
         'gradient, last': gradient and statistics.mean(gradient[-part:]),
         'distance': gradient and trace[part - 1]['distance'],
-        'constant': run.dead and float(run.dead['predicted_classes'] == 1),
+        'constant': run.dead and float(constant),
     } | {f'dead {row["layer"]}': row['share'] for row in (run.dead or {}).get('layers', [])}
+
+
+def trusted(hessian):
+    """The eigenvalues of a result, None for those that have not converged."""
+    return [value if good else None for value, good in
+            zip(hessian['eigen']['values'], hessian['eigen']['converged'])]
 
 
 def landscape(folders, out, a):
     """Draws the figures of analysed runs; returns the text of landscape.md, '' without any."""
-    text = ''
+    text, stems = '', []
     for head, by_eps in families(folders):
         out.mkdir(parents=True, exist_ok=True)
         runs = [run for group in by_eps.values() for run in group]
         sizes = {name: sorted({getattr(run, name)['n'] for run in runs if getattr(run, name)})
                  for name in ANALYSES}
-        traced = runs[0].config.get('trace')
+        traced = head.get('trace')
         n_train = head['n_train'] or data.SPLITS[head['dataset']]['train'][0]
         title = (f'{MODELS[head["model"]]} of width {head["width"]}, {head["eps_sched"]} schedule, '
                  f'{n_train:,} images of {head["dataset"]}')
-        text += (f'{title}, {head["epochs"]} epochs, batch '
-                 f'{head["batch_size"]}, {head["optimizer"]} at lr {head["lr"]:g}, PGD of '
-                 f'{head["n_iter"]} steps. Of the training images, '
+        text += (f'{title}, {head["epochs"]} epochs, batch {head["batch_size"]}, '
+                 f'{head["optimizer"]} at lr {head["lr"]:g} ({head["lr_sched"]}), PGD of '
+                 f'{head["n_iter"]} steps of '
+                 f'{head["step_size"]:.4g} at eps {head["eps"]:.4g}. Of the training images, '
                  + ', '.join(f'{" or ".join(map(str, size))} for {name}'
                              for name, size in sizes.items() if size)
                  + '. Mean ± deviation over seeds.'
                  + ' Gradient norms are means over the first tenth of the updates traced at the '
-                   'start, {0}, and over the last {0}; the distance is that from theta_0 after '
-                   '{0}.'.format(traced) * bool(traced) + '\n\n')
-        rows = {eps: [measured(run, a) for run in group] for eps, group in by_eps.items()}
+                   'start, {0}, and over the last {0}; the distance is that from theta_0 at '
+                   'update {0}. Constant is the share of constant classifiers, whose cosines mean '
+                   'nothing and are left out.'.format(traced) * bool(traced) + '\n\n')
+        with analysis.sound('a result of one of these runs'):
+            rows = {eps: [measured(run, a) for run in group] for eps, group in by_eps.items()}
         columns = list(dict.fromkeys(
             name for group in rows.values() for row in group for name in row))
         text += '| eps | seeds | ' + ' | '.join(columns) + ' |\n'
@@ -207,6 +248,8 @@ def landscape(folders, out, a):
         text += '\n'
         if len(by_eps) > 1:
             stem = '_'.join(str(head[key]) for key in ('dataset', 'model', 'width', 'eps_sched'))
+            stems.append(stem)
+            stem += f'_{stems.count(stem)}' * (stems.count(stem) > 1)
             for name, draw in (('fig2', figure_2), ('fig3', figure_3), ('fig4', figure_4)):
                 draw(by_eps, out / f'{name}_{stem}.png', title)
     return text
@@ -234,7 +277,7 @@ def figure_2(by_eps, path, title):
             for eps, runs in by_eps.items():
                 if not runs:
                     continue
-                n = min(min(run.config['trace'], len(run.trace) // 2) for run in runs)
+                n = min(min(run.config['trace'], max(1, len(run.trace) // 2)) for run in runs)
                 rows = [run.trace[:n] if side.stop else run.trace[-n:] for run in runs]
                 window = max(1, n // 40)  # means of so many updates: batches differ
                 cut = [np.array([row[key] for row in part])[:n // window * window]
@@ -259,9 +302,8 @@ def figure_3(by_eps, path, title):
             if not results:
                 continue
             k = min(len(result['eigen']['values']) for result in results)
-            values = [result['eigen']['values'][:k] for result in results]
-            scaled = [np.array(result['eigen']['values'][:k]) / result['scale']['mean']
-                      for result in results]
+            values = [np.array(trusted(result)[:k], float) for result in results]  # None: nan
+            scaled = [value / result['scale']['mean'] for value, result in zip(values, results)]
             band(axes[0], range(1, k + 1), scaled, f'eps {eps:.4g}', marker='o', ms=3)
             band(axes[1], range(1, k + 1), values, f'eps {eps:.4g}', marker='o', ms=3, ls='--')
         axes[0].set(title='divided by the mean $L_\\epsilon$ of random $\\theta$')
@@ -275,7 +317,8 @@ def figure_3(by_eps, path, title):
 
 def figure_4(by_eps, path, title):
     """Cosine similarity of perturbations along the top eigenvector (dashed) and at random."""
-    by_eps = {eps: [run.similarity for run in runs if run.similarity]
+    by_eps = {eps: [run.similarity for run in runs if run.similarity
+                    and not (run.dead and run.dead['predicted_classes'] == 1)]
               for eps, runs in by_eps.items() if eps > 0}
     if not any(by_eps.values()):
         return

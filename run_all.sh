@@ -70,7 +70,8 @@ landscape() {
         "$python" landscape.py similarity $run --n-examples 250 \
             --a 0 .02 .1 .5 "${data[@]}"
     }
-    for seed in ${SEEDS:-0 1}; do
+    local seeds=(${SEEDS:-0 1})
+    for seed in "${seeds[@]}"; do
         for eps in 0 0.1 0.2 0.3 0.4; do
             analysed 4 $eps constant $seed
         done
@@ -81,13 +82,15 @@ landscape() {
         done
     done
     for eps in 0.1 0.2 0.3 0.4; do
-        analysed 4 $eps linear 0
+        analysed 4 $eps linear ${seeds[0]}
     done
-    for eps in 0 0.2; do
-        "$python" landscape.py connect ckpts/w4_eps${eps}_constant_s{0,1} --n-examples 500 \
-            --epochs 40 --lr 0.02 --points 11 "${data[@]}"
+    for eps in 0 0.2; do  # between the first two seeds
+        [[ ${#seeds[@]} -gt 1 ]] || continue
+        "$python" landscape.py connect ckpts/w4_eps${eps}_constant_s${seeds[0]} \
+            ckpts/w4_eps${eps}_constant_s${seeds[1]} --n-examples 500 --epochs 40 --lr 0.02 \
+            --points 11 "${data[@]}"
     done
-    "$python" landscape.py surface ckpts/w4_eps0.2_constant_s0 --n-examples 250 --grid 11 \
+    "$python" landscape.py surface ckpts/w4_eps0.2_constant_s${seeds[0]} --n-examples 250 --grid 11 \
         "${data[@]}"
     "$python" landscape.py theory "${data[@]}"
     "$python" report.py "${jobs[@]}" --out results/landscape

@@ -1,4 +1,5 @@
 import csv
+import hashlib
 import shutil
 
 import pytest
@@ -99,14 +100,16 @@ def analysed_run(folder, eps, seed, top, gradients):
     """A finished run with what the analyses leave, made up."""
     folder.mkdir(parents=True)
     config = dict(dataset='mnist5k', model='lenet', width=1, eps=eps, eps_sched='constant',
-                  periods=[1], epochs=1, step_size=.1, n_iter=2, seed=seed, n_train=100,
+                  periods=[1], epochs=1, step_size=.01, seed=seed, n_train=100,
+                  n_iter=round(eps / .01) + 10, eps_max=eps, lr_sched='constant',
                   batch_size=25, optimizer='adam', lr=1e-3, trace=2, sessions=[])
     record.save(folder / 'config.json', config)
     record.save(folder / 'period1.pt', {})
     record.save(folder / 'trace.jsonl', [
         {'step': step, 'grad_norm': norm, 'robust_error': .5, 'distance': 10. + step}
         for step, norm in enumerate(gradients)])
-    head = {'eps': eps, 'n': 50, 'digest': ''}
+    digest = hashlib.sha256((folder / 'period1.pt').read_bytes()).hexdigest()
+    head = {'eps': eps, 'n': 50, 'digest': digest}
     record.save(folder / 'hessian_n50.json', head | {
         'loss': .25, 'robust_error': .125, 'scale': {'mean': 2.},
         'eigen': {'values': [top, -1.], 'residuals': [0, 0], 'converged': [True, True]}})
@@ -149,3 +152,51 @@ def test_a_run_that_is_partly_analysed_has_empty_cells(tmp_path):
     report.main([*runs, '--out', str(tmp_path / 'results')])
     row = (tmp_path / 'results/landscape.md').read_text().splitlines()[-2]
     assert row.startswith('| 0.1 | 1 |  |  |') and '| 0.25 |' in row
+
+
+def test_runs_that_differ_in_more_than_eps_and_seed_are_not_mixed(tmp_path):
+    for seed, change in enumerate([{}, {'lr': .5}, {'lr_sched': 'step'}, {'n_iter': 7}]):
+        for eps in .1, .2:
+            folder = tmp_path / f'{eps}_{seed}'
+            analysed_run(folder, eps, seed, 10, [1, 1, 1, 1])
+            record.save(folder / 'config.json', record.load(folder / 'config.json')
+                        | change | ({'step_size': eps / 4} if seed == 3 else {}))
+    out = tmp_path / 'results'
+    report.main([*map(str, tmp_path.glob('*_*')), '--out', str(out)])
+    text = (out / 'landscape.md').read_text()
+    assert text.count('| 1 | 0.25 |') == 8 and len(list(out.glob('fig3*'))) == 4
+
+
+def test_one_run_named_twice_counts_once_and_its_copy_is_refused(tmp_path):
+    run = analysed_run(tmp_path / 'run', .1, 0, 10, [1, 1, 1, 1])
+    report.main([run, run + '/', '--out', str(tmp_path / 'results')])
+    assert '| 0.1 | 1 |' in (tmp_path / 'results/landscape.md').read_text()
+    copy = analysed_run(tmp_path / 'copy', .1, 0, 10, [1, 1, 1, 1])
+    with pytest.raises(ValueError, match='name it once'):
+        report.main([run, copy, '--out', str(tmp_path / 'results')])
+
+
+def test_what_has_not_converged_or_is_of_another_model_is_left_out(tmp_path):
+    runs = [analysed_run(tmp_path / str(eps), eps, 0, 10, [1, 1, 1, 1]) for eps in (0, .1)]
+    path = tmp_path / '0.1/hessian_n50.json'
+    result = record.load(path)
+    result['eigen']['converged'] = [False, True]
+    record.save(path, result)
+    (tmp_path / '0/similarity_n50.json').unlink()
+    dead = record.load(tmp_path / '0/dead_n50.json') | {'digest': 'of another model'}
+    record.save(tmp_path / '0/dead_n50.json', dead)
+    report.main([*runs, '--out', str(tmp_path / 'results')])
+    lines = (tmp_path / 'results/landscape.md').read_text().splitlines()
+    head, one, two = ([cell.strip() for cell in lines[i].split('|')] for i in (2, 4, 5))
+    assert two[head.index('top eigenvalue')] == '' and two[head.index('last eigenvalue')] == '-1'
+    assert one[head.index('top eigenvalue')] == '10' and one[head.index('dead conv1')] == ''
+
+
+def test_a_damaged_analysis_is_a_clear_error(tmp_path):
+    run = analysed_run(tmp_path / 'run', .1, 0, 10, [1, 1, 1, 1])
+    for name, content in (('dead_n50.json', []), ('hessian_n50.json', {})):
+        before = record.load(tmp_path / 'run' / name)
+        record.save(tmp_path / 'run' / name, content)
+        with pytest.raises(ValueError, match='is damaged or no result'):
+            report.main([run, '--out', str(tmp_path / 'results')])
+        record.save(tmp_path / 'run' / name, before)
