@@ -179,6 +179,14 @@ def test_no_copy_of_a_multiple_eigenvalue_is_missed_in_float32(solver, copies, k
     assert hessian.converged(values, residuals, 1e-3, torch.float32).all()
 
 
+@pytest.mark.parametrize('solver', list(hessian.SOLVERS))
+def test_eigenvalues_of_a_matrix_of_millions_are_right_to_six_digits(solver):
+    d = torch.cat([torch.tensor([3., -2, 1]), torch.full((3_000_000,), .01)])
+    values, vectors, _ = hessian.SOLVERS[solver](lambda v: d * v, len(d), 3, tol=1e-4)
+    assert torch.allclose(values, torch.tensor([3., -2, 1]).double(), rtol=2e-6)
+    assert torch.allclose((vectors.double() ** 2).sum(1), torch.ones(3).double(), atol=2e-6)
+
+
 def test_small_pairs_that_are_not_zero_must_converge_too():
     d = torch.cat([torch.ones(1), torch.linspace(1e-4, .3e-4, 999)])
     values, vectors, residuals = hessian.lanczos(lambda v: d * v, 1000, 6, max_products=40)
