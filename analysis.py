@@ -187,5 +187,6 @@ def figure(path, columns=1, title='', rows=1):
     with style.context('tableau-colorblind10'):
         drawing = figure.Figure(figsize=(5 * columns, 4 * rows), layout='constrained')
         yield drawing.subplots(rows, columns, squeeze=False).flatten()
-    drawing.suptitle(title)
-    record.replace(path, lambda file: drawing.savefig(file, format='png', dpi=150))
+        drawing.suptitle(title)
+        record.replace(path, lambda file: drawing.savefig(file, format='png', dpi=150))
+    print(f'  drawn in {path}')

@@ -108,11 +108,12 @@ def eigenvectors(subject, k):
         path = pathlib.Path(name)
         vectors = analysis.vectors(path.with_suffix('.pt'), record.load(path))
     if vectors is None or vectors.shape[1] != sum(p.numel() for p in s.model.parameters()):
-        raise ValueError(f'{s.folder} holds no {k} eigenvectors at eps {s.eps:g}; first: '
+        raise ValueError(f'{s.folder} has no top {k} eigenvectors at eps {s.eps:g}; first: '
                          f'python hessian.py {" ".join(s.again)}')
     if not good:
         print(f'{path}: not all of the top {k} eigenvectors have converged')
     vectors = vectors[:k]
+    print(f'along eigenvectors of {path}, from {n} images')
     digest = hashlib.sha256(vectors.contiguous().numpy().tobytes()).hexdigest()
     return vectors.to(s.x), f'{path.stem}, {n} images, {digest[:10]}'
 
@@ -218,12 +219,13 @@ def surface(args):
                    for name in ('loss', 'robust_error'))
     print(f'  L_eps {loss.min():.4g} .. {loss.max():.4g}, robust error {error.min():.1%} .. '
           f'{error.max():.1%} on {len(ticks[0])} x {len(ticks[1])} points')
-    axis = '{} along the {} ' + ('eigenvector' if source else 'random direction, filter-normalised')
-    labels = axis.format('$a$', 'top'), axis.format('$b$', 'second')
+    axis = '${}$ along the {} ' + ('eigenvector' if source else 'filter-normalised direction')
+    labels = axis.format('a', 'top' if source else 'first'), axis.format('b', 'second')
     if len(keys) == 1:
         return
     flat = min(map(len, ticks)) == 1  # a line, no plane
-    with analysis.figure(record.suffixed(out, '.png'), 1 if flat else 3, analysis.title(s.head) + (
+    with analysis.figure(record.suffixed(out, '_line.png' if flat else '.png'), 1 if flat else 3,
+                         analysis.title(s.head) + (
             '' if x_fixed is None else ', adversarial examples of the centre')) as axes:
         errors = axes[-1].twinx()
         for k, name in enumerate(('a', 'b')):
@@ -234,8 +236,9 @@ def surface(args):
                                       label=f'$L_\\epsilon$ along ${name}$')[0].get_color()
                 errors.plot(ticks[k], wrong, '--', color=color)
                 axes[-1].plot([], [], '--', color=color, label=f'robust error along ${name}$')
-        axes[-1].set(xlabel='displacement', ylabel='$L_\\epsilon$', ylim=(0, None),
-                     title='slices through the middle')
+        axes[-1].set(ylabel='$L_\\epsilon$', title='' if flat else 'slices through the middle',
+                     xlabel=labels[len(ticks[0]) == 1] if flat else 'displacement')
+        axes[-1].set_ylim(0, None)
         errors.set(ylabel='robust error', ylim=(0, 1.02))
         axes[-1].legend()
         if not flat:
@@ -244,7 +247,8 @@ def surface(args):
             axes[0].remove()
             solid.plot_surface(*grid, loss, cmap='cividis')
             solid.set_box_aspect(None, zoom=.8)
-            solid.set(xlabel=labels[0], ylabel=labels[1], title='$L_\\epsilon$')
+            solid.set(xlabel='$a$', ylabel='$b$', title='$L_\\epsilon$')
+            solid.locator_params(nbins=4)
             mesh = axes[1].pcolormesh(*ticks, error.T, cmap='cividis', vmin=0, vmax=1)
             axes[1].figure.colorbar(mesh, label='robust error')
             axes[1].set(xlabel=labels[0], ylabel=labels[1], title='robust error')
@@ -381,8 +385,10 @@ def connect(args):
                                 label=f'{path}, training images')[0].get_color()
                 ax.plot(t, [point[f'test_{key}'] for point in points], style, lw=1, alpha=.5,
                         color=color, label=f'{path}, {len(x_test):,} test images')
-                ax.set(xlabel='$t$ along the path', ylim=(0, None),
+                ax.set(xlabel='$t$ along the path',
                        ylabel='$L_\\epsilon$' if key == 'loss' else 'robust error')
+        for ax in axes:
+            ax.set_ylim(0, None)
         axes[0].legend()
 
 
@@ -435,7 +441,7 @@ def dead(args):
     """C.2.4: the share of units in each layer that no training image activates, for each run."""
     for path in args.runs:
         record.members(path)  # what is wrong with one is said before the table begins
-    print(f'  {"run":<32}{"eps":>6}{"width":>6}  dead units by layer (a layer all dead: DEAD)')
+    table = [f'  {"run":<32}{"eps":>6}{"width":>6}  dead units by layer (a layer all dead: DEAD)']
     for path in args.runs:
         s = analysis.subject(path, args)
         out = analysis.outputs(s, 'dead', args)
@@ -453,8 +459,8 @@ def dead(args):
             text = '  '.join(f'{row["layer"]} ' + ('DEAD' if row['all'] else f'{row["share"]:.0%}')
                              for row in result['layers'])
             width = s.config['width'] if s.config else ''
-            print(f'  {s.name:<32}{s.eps:>6.4g}{width:>6}  {text}'
-                  + '  (a constant classifier)' * (result['predicted_classes'] == 1))
+            table.append(f'  {s.name:<32}{s.eps:>6.4g}{width:>6}  {text}'
+                         + '  (a constant classifier)' * (result['predicted_classes'] == 1))
             with analysis.figure(record.suffixed(out, '.png'), 1, analysis.title(s.head)) as (ax,):
                 names = [row['layer'] for row in result['layers']]
                 bars = ax.barh(names, [row['share'] for row in result['layers']])
@@ -463,6 +469,7 @@ def dead(args):
                 ax.set(xlim=(0, 1.25), xticks=[0, .25, .5, .75, 1],
                        xlabel='share of units that no training image activates')
                 ax.invert_yaxis()
+    print(*table, sep='\n')
 
 
 def version_space_eps(x, y, W):
@@ -554,8 +561,8 @@ def theory(args):
                  for value in (.05, .1, .2)]
     for row in theorem_2:
         holds = all(point['share'] < point['bound'] for point in row['points'])
-        print(f'  Theorem 2, eps {row["eps"]}: P(gradient > 2 eps L) = '
-              f'{row["points"][0]["share"]:.4f}, bound {row["points"][0]["bound"]:.4f}; '
+        print(f'  Theorem 2, eps {row["eps"]}: P(gradient > 4 eps L) = '
+              f'{row["points"][8]["share"]:.4f}, bound {row["points"][8]["bound"]:.4f}; '
               f'{"holds" if holds else "does NOT hold"} for gamma in [2, 6]')
     theta = torch.linspace(-2, 2, 401, dtype=torch.float64)
     figure_1 = {'theta': theta.tolist(), 'curves': {
@@ -579,7 +586,7 @@ def theory(args):
                                  label=f'V: {row["case"]}')
         axes[2].set(xlabel='eps', ylabel='share of random W', ylim=(0, 1.02), title=(
             f'T grows (Theorem 1), V shrinks (Proposition 1)\n{args.draws} draws'))
-        axes[2].legend(fontsize=7)
+        axes[2].legend(fontsize=7, loc='upper left')
         for row in theorem_2:
             axes[3].plot(gammas, [point['share'] for point in row['points']], 'o-', ms=3,
                          label=f'measured, eps {row["eps"]}')

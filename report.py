@@ -133,6 +133,9 @@ def families(folders):
             run = SimpleNamespace(config=config, **{
                 name: largest(folder, name, config['eps'], digest) for name in ANALYSES},
                 trace=record.load(trace) if done and trace.exists() else None)
+            log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
+            run.constant = (log and log[-1]['predicted_classes'] == 1
+                            or run.dead and run.dead['predicted_classes'] == 1)
         if not (run.trace or run.hessian or run.similarity or run.dead):
             continue
         usual = data.paper(config['dataset'], config['eps'])
@@ -166,11 +169,13 @@ def families(folders):
 
 def largest(folder, name, eps, digest):
     """The result <name>*.json in `folder` of the last model at this eps of the most images."""
-    results = [record.load(path) for path in folder.glob(f'{name}*.json')]
+    results = [record.load(path) for path in sorted(folder.glob(f'{name}*.json'))]
     return max((result for result in results if result['eps'] == eps and result['digest'] == digest
+                and result.get('starts', 'equal') == 'equal'
                 and (name != 'hessian' or 'scale' in result)),
                key=lambda result: (name != 'hessian' or all(result['eigen']['converged']),
-                                   result['n']), default=None)
+                                   result['n'], result.get('runs'), len(result.get('points', []))),
+               default=None)
 
 
 def spread(values, digits=3):
@@ -189,8 +194,7 @@ def measured(run, a):
     part = min(run.config.get('trace') or 0, max(1, len(gradient) // 2))
     cosine = {point['direction']: point['cosine'] for point in points if point['a'] == a}
     values = trusted(hessian) if hessian else [None]
-    constant = run.dead and run.dead['predicted_classes'] == 1
-    if constant:  # without gradients PGD stays where it starts
+    if run.constant:  # without gradients PGD stays where it starts
         cosine = {}
     return {
         'L_eps': hessian and hessian['loss'],
@@ -203,7 +207,7 @@ def measured(run, a):
         'gradient, first tenth': gradient and statistics.mean(gradient[:max(1, part // 10)]),
         'gradient, last': gradient and statistics.mean(gradient[-part:]),
         'distance': gradient and trace[part - 1]['distance'],
-        'constant': run.dead and float(constant),
+        'constant': float(bool(run.constant)),
     } | {f'dead {row["layer"]}': row['share'] for row in (run.dead or {}).get('layers', [])}
 
 
@@ -246,7 +250,10 @@ def landscape(folders, out, a):
             cells = [spread([row.get(name) for row in group]) for name in columns]
             text += f'| {eps:.4g} | {len(group)} | ' + ' | '.join(cells) + ' |\n'
         text += '\n'
-        if len(by_eps) > 1:
+        if len(by_eps) == 1:
+            print(f'no figures of {title} at eps {head["eps"]:.4g} alone: runs are put together if '
+                  'they differ in eps and seed only, and --step-size in proportion to eps')
+        else:
             stem = '_'.join(str(head[key]) for key in ('dataset', 'model', 'width', 'eps_sched'))
             stems.append(stem)
             stem += f'_{stems.count(stem)}' * (stems.count(stem) > 1)
@@ -263,6 +270,8 @@ def band(ax, x, curves, label, **style):
         half = curves.std(0, ddof=1)
         ax.fill_between(x, curves.mean(0) - half, curves.mean(0) + half, alpha=.2,
                         color=line.get_color(), lw=0)
+
+
 def figure_2(by_eps, path, title):
     """Gradient norm, robust training error and distance over the first and last updates."""
     by_eps = {eps: [run for run in runs if run.trace] for eps, runs in by_eps.items()}
@@ -288,7 +297,7 @@ def figure_2(by_eps, path, title):
             if key == 'grad_norm':
                 ax.set_yscale('log')
             else:
-                ax.set_ylim(0, None)
+                ax.set_ylim(0, 1 if key == 'robust_error' else None)
         axes[0].legend(loc='lower right', fontsize=8)
 
 
@@ -309,16 +318,18 @@ def figure_3(by_eps, path, title):
         axes[0].set(title='divided by the mean $L_\\epsilon$ of random $\\theta$')
         axes[1].set(title='as they are')
         for ax in axes:
-            ax.set(xlabel='number, by magnitude', ylabel='eigenvalue of the Hessian')
+            ax.set(xlabel='number, by magnitude')
             ax.locator_params(axis='x', integer=True)
-            ax.set_yscale('symlog', linthresh=1e-2)
+            ax.set_yscale('symlog', linthresh=1e-2, subs=[2, 5])
+            ax.yaxis.set_minor_formatter('{x:g}')
+        axes[0].set(ylabel='eigenvalue / mean $L_\\epsilon$')
+        axes[1].set(ylabel='eigenvalue of the Hessian')
         axes[0].legend()
 
 
 def figure_4(by_eps, path, title):
     """Cosine similarity of perturbations along the top eigenvector (dashed) and at random."""
-    by_eps = {eps: [run.similarity for run in runs if run.similarity
-                    and not (run.dead and run.dead['predicted_classes'] == 1)]
+    by_eps = {eps: [run.similarity for run in runs if run.similarity and not run.constant]
               for eps, runs in by_eps.items() if eps > 0}
     if not any(by_eps.values()):
         return
@@ -332,12 +343,11 @@ def figure_4(by_eps, path, title):
                     a = [x for x in a if all(curve[x] is not None for curve in curves)]
                     if a:
                         band(ax, a, [[curve[x] for x in a] for curve in curves],
-                             f'eps {eps:.4g}, {direction}', ls=style, color=f'C{i}', marker='o',
-                             ms=3)
+                             f'eps {eps:.4g}, {direction}', ls=style, color=f'C{i}')
             ax.set(xlabel='$a$')
         axes[0].set(ylabel='cosine similarity', title='perturbations at $\\theta \\pm av$')
         axes[1].set(ylabel='robust error', title='at $\\theta \\pm av$', ylim=(0, 1))
-        axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=7, handlelength=4)
 
 
 def main(argv=None):
