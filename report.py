@@ -262,6 +262,31 @@ def landscape(folders, out, a):
     return text
 
 
+def connections(folders):
+    """The table of C.2.5: how high the loss rises between two runs; '' without such a study."""
+    text = ''
+    for path in (path for folder in folders
+                 for path in sorted(pathlib.Path(folder).glob('connect*.json'))):
+        result = record.load(path)
+        with analysis.sound(path):
+            cells = [f'{result["eps"]:.4g}', path.parent.resolve().name, result['n'],
+                     f'{result["curve"]}, {result["n_control"]} points, {result["epochs"]} epochs']
+            for kind in 'line', result['curve']:
+                points = [point for point in result['points'] if point['path'] == kind]
+                if 'barriers' not in result or len(points) < 3:
+                    break
+                cells += [f'{max(point["loss"] for point in points):.3g}',
+                          f'{result["barriers"][kind]:.3g}',
+                          f'{max(point["robust_error"] for point in points):.1%}']
+            else:
+                text += '| ' + ' | '.join(map(str, cells)) + ' |\n'
+    head = ('eps', 'run', 'images', 'curve', 'line: L_eps', 'barrier', 'error', 'curve: L_eps',
+            'barrier', 'error')
+    return text and ('Between two runs, the highest values along the path (barrier: L_eps above '
+                     'that of the higher end):\n\n| ' + ' | '.join(head) + ' |\n' + '|---' * len(head)
+                     + f'|\n{text}\n')
+
+
 def band(ax, x, curves, label, **style):
     """The mean of the curves of all seeds, (seeds, len(x)), in a band of one deviation."""
     curves = np.array(curves)
@@ -359,8 +384,9 @@ def main(argv=None):
                         help='displacement whose similarities landscape.md shows; default: 0.1')
     args = parser.parse_args(argv)
     out, table = pathlib.Path(args.out), io.StringIO()
-    analysed = landscape(args.runs, out, args.a)
+    analysed = landscape(args.runs, out, args.a) + connections(args.runs)
     if analysed:
+        out.mkdir(parents=True, exist_ok=True)
         record.replace(out / 'landscape.md', lambda file: file.write(analysed.encode()))
         print(f'{analysed}written to {out}/landscape.md')
     text, cells = '', [['dataset', 'model', 'width', 'eps', 'epochs', 'n', 'schedule', 'runs',

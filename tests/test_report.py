@@ -145,6 +145,18 @@ def test_runs_of_several_budgets_are_one_table_with_means_over_seeds(tmp_path, c
         assert size > 10000
 
 
+def test_barriers_between_runs_are_a_table(tmp_path):
+    run = analysed_run(tmp_path / 'run', .1, 0, 10, [1, 1, 1, 1])
+    record.save(tmp_path / 'run/connect_other.json', {
+        'eps': .1, 'n': 50, 'curve': 'polygon', 'n_control': 3, 'epochs': 7,
+        'barriers': {'line': 2., 'polygon': .5},
+        'points': [{'path': path, 't': t, 'loss': t * (1 - t) * 4 * high, 'robust_error': t / 2}
+                   for path, high in (('line', 3), ('polygon', 1.5)) for t in (0, .5, 1)]})
+    report.main([run, '--out', str(tmp_path / 'results')])
+    assert ('| 0.1 | run | 50 | polygon, 3 points, 7 epochs | 3 | 2 | 50.0% | 1.5 | 0.5 | 50.0% |'
+            in (tmp_path / 'results/landscape.md').read_text())
+
+
 def test_a_run_that_is_partly_analysed_has_empty_cells(tmp_path):
     runs = [analysed_run(tmp_path / str(eps), eps, 0, 10, [1, 1, 1, 1]) for eps in (0, .1)]
     for name in 'hessian_n50.json', 'trace.jsonl', 'similarity_n50.json':
