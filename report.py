@@ -201,7 +201,7 @@ def measured(run, a):
         'robust error': hessian and hessian['robust_error'],
         'top eigenvalue': values[0],
         'normalised': values[0] and values[0] / hessian['scale']['mean'],
-        'last eigenvalue': values[-1],
+        f'eigenvalue {len(values)}, magnitude': values[-1] and abs(values[-1]),
         f'cosine, top, a = {a:g}': cosine.get('eigenvector'),
         f'cosine, random, a = {a:g}': cosine.get('random'),
         'gradient, first tenth': gradient and statistics.mean(gradient[:max(1, part // 10)]),
@@ -243,7 +243,8 @@ def landscape(folders, out, a):
         with analysis.sound('a result of one of these runs'):
             rows = {eps: [measured(run, a) for run in group] for eps, group in by_eps.items()}
         columns = list(dict.fromkeys(
-            name for group in rows.values() for row in group for name in row))
+            name for group in rows.values() for row in group for name, value in row.items()
+            if value not in (None, [])))
         text += '| eps | seeds | ' + ' | '.join(columns) + ' |\n'
         text += '|---' * (len(columns) + 2) + '|\n'
         for eps, group in rows.items():

@@ -135,7 +135,7 @@ def test_runs_of_several_budgets_are_one_table_with_means_over_seeds(tmp_path, c
     found = dict(zip(head, rows[2]))
     expected = {'seeds': '2', 'L_eps': '0.25 ± 0', 'robust error': '0.125 ± 0',
                 'top eigenvalue': '11.2 ± 1.4', 'normalised': '5.6 ± 0.71',
-                'last eigenvalue': '-1 ± 0', 'cosine, top, a = 0.1': '0.4 ± 0',
+                'cosine, top, a = 0.1': '0.4 ± 0',
                 'cosine, random, a = 0.1': '0.8 ± 0', 'gradient, first tenth': '4 ± 0',
                 'gradient, last': '2 ± 0', 'distance': '11 ± 0', 'constant': '0 ± 0',
                 'dead conv1': '0.25 ± 0'}
@@ -200,7 +200,7 @@ def test_what_has_not_converged_or_is_of_another_model_is_left_out(tmp_path):
     report.main([*runs, '--out', str(tmp_path / 'results')])
     lines = (tmp_path / 'results/landscape.md').read_text().splitlines()
     head, one, two = ([cell.strip() for cell in lines[i].split('|')] for i in (2, 4, 5))
-    assert two[head.index('top eigenvalue')] == '' and two[head.index('last eigenvalue')] == '-1'
+    assert two[head.index('top eigenvalue')] == '' and two[head.index('eigenvalue 2, magnitude')] == '1'
     assert one[head.index('top eigenvalue')] == '10' and one[head.index('dead conv1')] == ''
 
 
