@@ -293,7 +293,7 @@ def band(ax, x, curves, label, **style):
     curves = np.array(curves)
     line, = ax.plot(x, curves.mean(0), label=label, **style)
     if len(curves) > 1:
-        half = curves.std(0, ddof=1)
+        half = curves.std(0, ddof=1).clip(max=.9 * np.abs(curves.mean(0)))  # for log axes
         ax.fill_between(x, curves.mean(0) - half, curves.mean(0) + half, alpha=.2,
                         color=line.get_color(), lw=0)
 
@@ -337,7 +337,7 @@ def figure_3(by_eps, path, title):
             if not results:
                 continue
             k = min(len(result['eigen']['values']) for result in results)
-            values = [np.array(trusted(result)[:k], float) for result in results]  # None: nan
+            values = [np.abs(np.array(trusted(result)[:k], float)) for result in results]
             scaled = [value / result['scale']['mean'] for value, result in zip(values, results)]
             band(axes[0], range(1, k + 1), scaled, f'eps {eps:.4g}', marker='o', ms=3)
             band(axes[1], range(1, k + 1), values, f'eps {eps:.4g}', marker='o', ms=3, ls='--')
@@ -346,10 +346,9 @@ def figure_3(by_eps, path, title):
         for ax in axes:
             ax.set(xlabel='number, by magnitude')
             ax.locator_params(axis='x', integer=True)
-            ax.set_yscale('symlog', linthresh=1e-2, subs=[2, 5])
-            ax.yaxis.set_minor_formatter('{x:g}')
-        axes[0].set(ylabel='eigenvalue / mean $L_\\epsilon$')
-        axes[1].set(ylabel='eigenvalue of the Hessian')
+            ax.set_yscale('log')
+        axes[0].set(ylabel='|eigenvalue| / mean $L_\\epsilon$')
+        axes[1].set(ylabel='|eigenvalue of the Hessian|')
         axes[0].legend()
 
 
