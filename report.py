@@ -250,7 +250,10 @@ def landscape(folders, out, a):
         for eps, group in rows.items():
             cells = [spread([row.get(name) for row in group]) for name in columns]
             text += f'| {eps:.4g} | {len(group)} | ' + ' | '.join(cells) + ' |\n'
-        text += '\n'
+        made = {(name, s['commit'], s['torch'], s['device']) for run in runs for name in ANALYSES
+                for s in (getattr(run, name) or {'sessions': []})['sessions']}
+        text += ''.join(f'\n{name}: commit {commit}, torch {torch}, {device}'
+                        for name, commit, torch, device in sorted(made, key=str)) + '\n\n'
         if len(by_eps) == 1:
             print(f'no figures of {title} at eps {head["eps"]:.4g} alone: runs are put together if '
                   'they differ in eps and seed only, and --step-size in proportion to eps')
@@ -284,8 +287,8 @@ def connections(folders):
     head = ('eps', 'run', 'images', 'curve', 'line: L_eps', 'barrier', 'error', 'curve: L_eps',
             'barrier', 'error')
     return text and ('Between two runs, the highest values along the path (barrier: L_eps above '
-                     'that of the higher end):\n\n| ' + ' | '.join(head) + ' |\n' + '|---' * len(head)
-                     + f'|\n{text}\n')
+                     'that of the higher end):\n\n| ' + ' | '.join(head) + ' |\n'
+                     + '|---' * len(head) + f'|\n{text}\n')
 
 
 def band(ax, x, curves, label, **style):
