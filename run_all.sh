@@ -90,8 +90,8 @@ landscape() {
             ckpts/w4_eps${eps}_constant_s${seeds[1]} --n-examples 500 --epochs 40 --lr 0.02 \
             --points 11 "${data[@]}"
     done
-    "$python" landscape.py surface ckpts/w4_eps0.2_constant_s${seeds[0]} --n-examples 250 --grid 11 \
-        "${data[@]}"
+    "$python" landscape.py surface ckpts/w4_eps0.2_constant_s${seeds[0]} --n-examples 250 \
+        --grid 11 "${data[@]}"
     "$python" landscape.py theory "${data[@]}"
     "$python" report.py "${jobs[@]}" --out results/landscape
 }
