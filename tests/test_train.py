@@ -282,7 +282,7 @@ def test_a_run_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
 def test_a_run_killed_again_and_again_ends_as_an_uninterrupted_one(uninterrupted, tmp_path):
     argv, whole = uninterrupted
     argv, kills = [*argv, '--out', str(tmp_path / 'run')], 0
-    while killed_at(2 + kills % 2, kills % 2 == 0, train.main, argv) == signal.SIGKILL:
+    while killed_at(4 + kills % 2, kills % 2 == 0, train.main, argv) == signal.SIGKILL:
         kills += 1
     assert kills >= 3 and same(tmp_path / 'run', whole)
 
