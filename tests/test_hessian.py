@@ -181,7 +181,7 @@ def test_no_copy_of_a_multiple_eigenvalue_is_missed_in_float32(solver, copies, k
 
 @pytest.mark.parametrize('solver', list(hessian.SOLVERS))
 def test_eigenvalues_of_a_matrix_of_millions_are_right_to_six_digits(solver):
-    d = torch.cat([torch.tensor([3., -2, 1]), torch.full((3_000_000,), .01)])
+    d = torch.cat([torch.tensor([3., -2, 1]), torch.full((1_000_000,), .01)])
     values, vectors, _ = hessian.SOLVERS[solver](lambda v: d * v, len(d), 3, tol=1e-4)
     assert torch.allclose(values, torch.tensor([3., -2, 1]).double(), rtol=2e-6)
     assert torch.allclose((vectors.double() ** 2).sum(1), torch.ones(3).double(), atol=2e-6)
@@ -407,7 +407,7 @@ def test_unconverged_pairs_are_marked_on_the_terminal(run, data_dir, capsys):
 
 @pytest.mark.parametrize('solver', list(hessian.SOLVERS))
 def test_a_killed_computation_goes_on_to_the_same_pairs(run, data_dir, solver, monkeypatch):
-    flags = flags_of(run, data_dir, '--solver', solver, '--max-products', '90')
+    flags = flags_of(run, data_dir, '--solver', solver, '--max-products', '36')
     name = 'hessian_n60' if solver == 'lanczos' else 'hessian_power_n60'
     hessian.main(flags)
     whole = record.load(run / f'{name}.json')['eigen']
@@ -478,8 +478,8 @@ def test_a_checkpoint_outside_of_a_run_is_taken_by_its_shapes(run, data_dir, tmp
 def test_a_result_does_not_depend_on_the_batch_size(run, data_dir):
     found = []
     for batch_size in '7', '60':
-        hessian.main(flags_of(run, data_dir, '--batch-size', batch_size, '--seed', '3', '--float64',
-                              '--tol', '1e-6'))
+        hessian.main(flags_of(run, data_dir, '--batch-size', batch_size, '--seed', '3',
+                              '--float64'))
         path = run / 'hessian_n60_seed3_float64.json'
         found.append(torch.tensor(record.load(path)['eigen']['values']))
         path.unlink()

@@ -601,7 +601,7 @@ def test_theorem_2_holds_and_its_share_is_that_of_a_plain_loop():
 
 
 def test_theory_writes_shares_that_reach_one(data_dir, tmp_path):
-    landscape.main(['theory', '--data-dir', str(data_dir), '--out', str(tmp_path), '--draws', '50'])
+    landscape.main(['theory', '--data-dir', str(data_dir), '--out', str(tmp_path), '--draws', '20'])
     result = record.load(tmp_path / 'theory.json')
     for row in result['theorem_1']:
         shares = row['share_in_T']
