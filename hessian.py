@@ -348,7 +348,7 @@ def main(argv=None):
 def analyse(s, args):
     """Computes what the result of the subject `s` lacks, writes it part by part, and shows it."""
     out = analysis.outputs(s, 'hessian', args, power='' if args.solver == 'power' else None)
-    paths = {kind: out.with_name(out.name + kind) for kind in ('.json', '.pt', '.png', '.state.pt')}
+    paths = {kind: record.suffixed(out, kind) for kind in ('.json', '.pt', '.png', '.state.pt')}
     dim = sum(theta.numel() for theta in s.model.parameters())
     like = s.x.new_zeros(())
     with record.lock(s.folder):

@@ -146,17 +146,17 @@ def families(folders):
             steps = 'the paper'
         shared = {name: value for name, value in config.items()
                   if name not in (*own, 'n_iter', 'step_size')}
-        ends = config['eps_max'] / config['eps'] if config['eps'] else None
+        ends = round(config['eps_max'] / config['eps'], 6) if config['eps'] else None
         for family in found:
             if family['shared'] == shared and all(
                     None in (mine, its) or mine == its for mine, its in (
-                        (steps, family['steps']), (ends and round(ends, 6), family['ends']))):
+                        (steps, family['steps']), (ends, family['ends']))):
                 break
         else:
             family = {'shared': shared, 'steps': None, 'ends': None, 'runs': {}}
             found.append(family)
         family['steps'] = family['steps'] or steps
-        family['ends'] = family['ends'] or ends and round(ends, 6)
+        family['ends'] = family['ends'] or ends
         seeds = family['runs'].setdefault(config['eps'], {})
         if config['seed'] in seeds:
             raise ValueError(f'{folder} is one and the same run as another, of seed '
@@ -410,9 +410,9 @@ def main(argv=None):
         sessions = {(s['commit'], s['torch'], s['device']) for s in result['sessions']}
         text += ''.join(f'\ncommit {commit}, torch {torch}, {device}'
                         for commit, torch, device in sorted(sessions, key=str)) + '\n\n'
-    if not text and analysed:
-        return
     if not text:
+        if analysed:
+            return
         raise ValueError('none of these runs is evaluated yet: python evaluate.py RUN...')
     csv.writer(table, lineterminator='\n').writerows(cells)
     out.mkdir(parents=True, exist_ok=True)
