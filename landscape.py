@@ -101,12 +101,12 @@ def eigenvectors(subject, k):
         with analysis.sound(path):
             if (result['digest'], result['eps']) == (s.head['digest'], s.eps) \
                     and 'eigen' in result and len(result['eigen']['values']) >= k:
-                found.append((all(result['eigen']['converged'][:k]), result['n'], str(path)))
+                good = all(result['eigen']['converged'][:k])
+                found.append((good, result['n'], path, result))
     vectors = None
     if found:
-        good, n, name = max(found)
-        path = pathlib.Path(name)
-        vectors = analysis.vectors(path.with_suffix('.pt'), record.load(path))
+        good, n, path, result = max(found)
+        vectors = analysis.vectors(path.with_suffix('.pt'), result)
     if vectors is None or vectors.shape[1] != sum(p.numel() for p in s.model.parameters()):
         raise ValueError(f'{s.folder} has no top {k} eigenvectors at eps {s.eps:g}; first: '
                          f'python hessian.py {" ".join(s.again)}')
