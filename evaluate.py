@@ -197,7 +197,7 @@ def main(argv=None):
         print(f'{record.suffixed(out, ".json")}: {" + ".join(head["members"])}\n'
               f'{len(index)} of {len(x)} test images of {head["dataset"]}, eps {head["eps"]:.4g}, '
               f'seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
-        with record.lock(out.parent), models.tf32(False):
+        with record.lock(out.parent, args.wait), models.tf32(False):
             result, right = kept(out, head, index)
             session = record.describe(args.device)
             result['sessions'] += [session] * (session not in result['sessions'])

@@ -351,7 +351,7 @@ def analyse(s, args):
     paths = {kind: record.suffixed(out, kind) for kind in ('.json', '.pt', '.png', '.state.pt')}
     dim = sum(theta.numel() for theta in s.model.parameters())
     like = s.x.new_zeros(())
-    with record.lock(s.folder):
+    with record.lock(s.folder, args.wait):
         result = analysis.resume(paths['.json'], s.head | {'dim': dim}, args.device)
         with analysis.sound(paths['.json']):
             check(result)

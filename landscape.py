@@ -68,7 +68,7 @@ def fill(out, head, names, keys, compute, args):
     Points are kept one by one, so those there are not computed again.
     """
     path = record.suffixed(out, '.json')
-    with record.lock(out.parent):
+    with record.lock(out.parent, args.wait):
         result = analysis.resume(path, head, args.device)
         points = result.setdefault('points', [])
         with analysis.sound(path):
@@ -349,7 +349,7 @@ def connect(args):
     head = s.head | {'other': other.head['digest']} | made
     curves = {'line': Curve(s.model, *ends),
               args.curve: Curve(s.model, *ends, args.n_control, args.curve)}
-    with record.lock(s.folder):
+    with record.lock(s.folder, args.wait):
         losses = train_curve(curves[args.curve], s, args, head, record.suffixed(out, '.pt'))
 
     def compute(path, t):
@@ -445,7 +445,7 @@ def dead(args):
     for path in args.runs:
         s = analysis.subject(path, args)
         out = analysis.outputs(s, 'dead', args)
-        with record.lock(s.folder):
+        with record.lock(s.folder, args.wait):
             result = analysis.resume(record.suffixed(out, '.json'), s.head, args.device)
             began = time.monotonic()
             units = dead_units(s.model, s.x, args.batch_size)

@@ -84,25 +84,42 @@ def load(path):
 
 
 @contextlib.contextmanager
-def lock(folder):
-    """Inside, `folder` (made if missing) is this process's; ValueError if another one has it."""
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # dies with its owner
-        except BlockingIOError:
-            raise ValueError(f'{folder} is in use by another process; '
-                             'wait for it or choose another folder') from None
-        for leftover in folder.iterdir():  # of a process that was killed while it wrote
-            if re.fullmatch(r'\.(config|log|trace|last|period\d+|(evaluate|hessian|similarity'
-                            r'|surface|connect|dead|theory).*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp',
-                            leftover.name):
-                leftover.unlink()
-        yield
-    finally:
-        os.close(handle)
+def lock(folder, wait=False):
+    """Inside, `folder` (made if missing) is this process's.
+
+    While another process has it this one waits, or raises ValueError. The operating system holds
+    the lock, on the file .lock, and lifts it when its owner ends, however it does.
+    """
+    path = pathlib.Path(folder) / '.lock'  # network file systems lock no folders
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with open(path, 'a') as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    raise ValueError(f'{folder} is in use by another process; wait for it, by '
+                                     'yourself or with --wait, or choose another folder') from None
+                print(f'{folder} is in use by another process; waiting for it', flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            try:
+                if not os.path.samestat(os.fstat(handle.fileno()), path.stat()):
+                    continue
+            except FileNotFoundError:
+                continue  # its owner took the file away on leaving
+            try:
+                for leftover in path.parent.iterdir():  # of a process killed while it wrote
+                    if re.fullmatch(LEFTOVER, leftover.name):
+                        leftover.unlink()
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                fcntl.flock(handle, fcntl.LOCK_UN)
+            return
+
+
+LEFTOVER = (r'\.(config|log|trace|last|period\d+|(evaluate|hessian|similarity|surface|connect|dead'
+            r'|theory).*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp')
 
 
 def start(folder, config, device):
@@ -122,7 +139,7 @@ def start(folder, config, device):
             raise ValueError(f'{folder} was begun with {flags}; continue it with the same flags, '
                              'or name a new folder with --out')
         sessions = begun['sessions']
-    elif any(folder.iterdir()):
+    elif any(path.name != '.lock' for path in folder.iterdir()):
         raise ValueError(f'{folder} holds files but no config.json, so it is no run; '
                          'name another folder with --out')
     if session not in sessions and not (sessions and finished(folder)):
@@ -272,12 +289,14 @@ def device(text):
 
 
 def add_machine_flags(parser):
-    """The flags that say where to compute and where the images are; they change no result."""
+    """The flags that say where and when to compute; they change no result."""
     parser.add_argument('--device', type=device,
                         default='cuda' if torch.cuda.is_available() else 'cpu',
                         help='default: cuda if there is one, else cpu')
     parser.add_argument('--data-dir', default='data', help='folder of mnist.npz and cifar10.npz, '
                         'and for downloads; default: data')
+    parser.add_argument('--wait', action='store_true', help='wait for a folder that another '
+                        'process has in use; default: end with an error')
 
 
 def run(main):

@@ -114,7 +114,7 @@ def main(argv=None):
     theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
     optimizer = OPTIMIZERS[c.optimizer](model.parameters(), c)
     ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
-    with record.lock(folder):
+    with record.lock(folder, args.wait):
         state = record.start(folder, vars(c), device)
         if record.finished(folder):
             print(f'{folder} is finished, all {c.epochs} epochs: nothing to do. '

@@ -353,6 +353,45 @@ def test_a_run_in_use_is_refused(tiny, tmp_path):
     train.main([*tiny, '--out', str(tmp_path / 'run')])  # and free again
 
 
+def test_with_wait_a_run_in_use_is_waited_for(tiny, tmp_path, capfd):
+    argv = [*tiny, '--device', 'cpu', '--out', str(tmp_path / 'run'), '--wait']
+    with record.lock(tmp_path / 'run'):
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                train.main(argv)
+                code = 0
+            finally:
+                os._exit(code)
+        while 'waiting' not in capfd.readouterr().out:
+            time.sleep(.05)
+        assert not (tmp_path / 'run/config.json').exists()
+    assert os.waitpid(child, 0)[1] == 0
+    assert record.finished(tmp_path / 'run')
+    assert not (tmp_path / 'run/.lock').exists()
+
+
+def test_a_lock_is_had_by_one_of_many_at_a_time(tmp_path):
+    def act():
+        for _ in range(50):
+            with record.lock(tmp_path, wait=True):
+                (tmp_path / 'inside').mkdir()  # fails where another one is inside
+                (tmp_path / 'inside').rmdir()
+        os._exit(0)
+
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if not children[-1]:
+            try:
+                act()
+            finally:
+                os._exit(1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_other_things_is_not_taken_for_a_run(tiny, tmp_path):
     (tmp_path / 'thesis.tex').write_text('chapter 1')
     with pytest.raises(ValueError, match='no run'):
