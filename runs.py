@@ -1,0 +1,131 @@
+"""What has been measured: runs with all their results, and which of them may be put side by side."""
+import hashlib
+import os
+import pathlib
+from types import SimpleNamespace
+
+import analysis
+import data
+import record
+import schedule
+
+ANALYSES = 'hessian', 'similarity', 'surface', 'dead'
+WATCHED = 'seed', 'sessions', 'trace', 'n_eval'  # change what is seen of a run, or its luck
+SCHEDULE = 'eps_sched', 'eps_min', 'eps_max'
+
+
+def read(folder):
+    """The run in `folder`: its config, and None or [] for what it does not have.
+
+    trace and log are lists of rows, evaluations and curves lists of results of evaluate.py and
+    `landscape.py connect`, the others, by the name of the analysis, the result of most images of
+    the run's last model at its own eps; constant says whether it ended as a constant classifier.
+    """
+    folder = pathlib.Path(folder)
+    config, trace = record.config_of(folder), folder / 'trace.jsonl'
+    with analysis.sound(f'a result in {folder}'):
+        done = record.finished(folder)
+        last = record.period_files(folder, config)[-1]
+        digest = hashlib.sha256(last.read_bytes()).hexdigest() if done else None
+        log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
+        run = SimpleNamespace(
+            name=folder.resolve().name, config=config, seed=config['seed'], eps=config['eps'],
+            log=log if done else [], trace=record.load(trace) if done and trace.exists() else [],
+            evaluations=[result for result in results(folder, 'evaluate') if (
+                result['eps'], result['dataset']) == (config['eps'], config['dataset'])],
+            curves=[result for result in results(folder, 'connect') if 'barriers' in result
+                    and (result['eps'], result['digest']) == (config['eps'], digest)],
+            **{name: largest(folder, name, config['eps'], digest) for name in ANALYSES})
+        run.constant = bool(done and log and log[-1].get('predicted_classes') == 1
+                            or run.dead and run.dead['predicted_classes'] == 1)
+    return run
+
+
+def find(folders):
+    """The runs in these folders, each once, and in `default` (ckpts) if none is named."""
+    if not folders:
+        folders = [path.parent for path in sorted(pathlib.Path('ckpts').glob('*/config.json'))]
+    return [read(folder) for folder in dict.fromkeys(map(os.path.realpath, folders))]
+
+
+def results(folder, name):
+    """What scripts left in `folder` as <name>*.json."""
+    return [record.load(path) for path in sorted(folder.glob(f'{name}*.json'))]
+
+
+def largest(folder, name, eps, digest):
+    """The result <name>*.json in `folder` of the last model at this eps of the most images."""
+    usual = {'starts': 'equal', 'directions': 'eigen', 'adversarial': 'regenerate',
+             'recompute_bn': False}
+    return max((result for result in results(folder, name)
+                if (result['eps'], result['digest']) == (eps, digest)
+                and all(result.get(key, value) == value for key, value in usual.items())
+                and (name != 'hessian' or 'scale' in result)),
+               key=lambda result: (name != 'hessian' or all(result['eigen']['converged']),
+                                   result['n'], result.get('runs'), len(result.get('points', []))),
+               default=None)
+
+
+def evaluation(run, *columns):
+    """The evaluation of most images that has all these columns; None without one."""
+    return max((result for result in run.evaluations if set(columns) <= set(result['columns'])),
+               key=lambda result: result['n'], default=None)
+
+
+def alike(runs, *own):
+    """Groups of runs that differ in nothing but the settings `own` and the seed.
+
+    With eps may change what the paper ties to it, the steps of PGD and the end of the schedule; a
+    run of eps 0 attacks nothing, so it belongs to every group that it fits otherwise. ValueError
+    where two runs of a group differ in nothing at all.
+    """
+    groups, clean = {}, []
+    for run in runs:
+        free = {*own, *WATCHED} | ({'n_iter', 'step_size', 'eps_max'} if 'eps' in own else set())
+        base = str(sorted((name, value) for name, value in run.config.items() if name not in free))
+        if 'eps' not in own:
+            groups.setdefault((base, None), []).append(run)
+        elif run.eps > 0:
+            groups.setdefault((base, tied(run.config)), []).append(run)
+        else:
+            clean.append((base, run))
+    for base, run in clean:
+        fitting = [key for key in groups if key[0] == base] or [(base, None)]
+        for key in fitting:
+            groups.setdefault(key, []).append(run)
+    for group in groups.values():
+        seen = {}
+        for run in group:
+            key = str([run.seed] + [run.config.get(name) for name in own])
+            other = seen.setdefault(key, run)
+            if other is not run:
+                raise ValueError(f'{other.name} and {run.name} are one and the same run, of seed '
+                                 f'{run.seed}; name it once')
+        group.sort(key=lambda run: (run.eps, run.seed))
+    return [groups[key] for key in sorted(groups, key=str)]
+
+
+def tied(config):
+    """What the paper ties to eps, in a form that does not depend on it."""
+    usual, eps = data.paper(config['dataset'], config['eps']), config['eps']
+    steps = config['n_iter'], round(config['step_size'] / eps, 6)
+    if (config['n_iter'], config['step_size']) == (usual['n_iter'], usual['step_size']):
+        steps = 'the paper'
+    return str((steps, round(config['eps_max'] / eps, 6)))
+
+
+def departures(config):
+    """The names of settings of a run in which it is not the paper's: none for those of Table 1."""
+    dataset, model, eps = config['dataset'], config['model'], config['eps']
+    usual = data.paper(dataset, eps)
+    usual |= {'dataset': 'mnist' if dataset == 'mnist5k' else dataset,
+              'model': 'vgg' if dataset == 'cifar10' and model == 'vgg' else usual['model'],
+              'eps': data.paper(dataset)['eps'], 'width': 16 if model == 'lenet' else 8,
+              'eps_min': 0, 'eps_max': usual['eps_max'].get(config['eps_sched'], eps),
+              'start': 'step', 'lr_warmup': 0, 'clock': 'epoch', 'n_train': None}
+    del usual['pgd100_step_size']
+    names = {name for name, value in usual.items() if config.get(name, value) != value}
+    if config['periods'] not in ([config['epochs']], schedule.thirds(max(4, config['epochs']))) or (
+            dataset == 'mnist' and len(config['periods']) > 1):
+        names.add('periods')
+    return names
