@@ -15,7 +15,7 @@
 #   --cpu        the whole paper although no GPU is here
 #   -- FLAGS     go to every train.py
 #
-# Finished jobs are skipped, interrupted ones go on, failed ones are named at the end; logs/ says why.
+# Finished jobs are skipped, interrupted ones go on, failed ones are named at the end, with logs.
 # SEEDS="0 1 2" are run, JOBS=1 at once, DATA_DIR=data holds mnist.npz and cifar10.npz. Set-up: the
 # packages of PYTHON=python3 if they are there, else a .venv is made here.
 set -euo pipefail
@@ -144,7 +144,8 @@ small() {
 # At this learning rate a constant budget of 0.4 never leaves the plateau, and a warm-up does.
 quick() {
     local seed sched eps width digits='--width 4 --n-train 2000 --epochs 6 --clock batch
-        --batch-size 20 --n-iter 5 --n-eval 200 --trace 100' few='--n-examples 50' first=${seeds%% *}
+        --batch-size 20 --n-iter 5 --n-eval 200 --trace 100'
+    local few='--n-examples 50' first=${seeds%% *}
     for seed in $seeds; do
         for sched in constant cosine linear; do  # Table 1
             run table1 21 quick_${sched}_s$seed $digits --step-size 0.1 --lr 4e-3 \
@@ -314,8 +315,8 @@ no_gpu() {
     for job in ${lines[@]+"${lines[@]}"}; do
         rest=${job#*:} total=$((total + ${rest%%:*}))
     done
-    fail "no GPU is here. These ${#lines[@]} jobs take about $((total / 60)) hours of one, and a CPU" \
-        "core some hundred times as long. Use --quick, which takes minutes, --small, a night," \
+    fail "no GPU is here. These ${#lines[@]} jobs take about $((total / 60)) hours of one, and a" \
+        "CPU core some hundred times as long. Use --quick, which takes minutes, --small, a night," \
         "or --cpu to begin all the same"
 }
 
@@ -330,8 +331,8 @@ start() {  # runs the jobs, JOBS at once, those first that come first, and repor
         disk=$((disk + megabytes))
     done
     free=$(df -Pm . | awk 'NR == 2 { print $4 }')
-    echo "$((${#lines[@]} - ${#open[@]})) of ${#lines[@]} jobs are finished; the others take about" \
-        "$total $unit, $JOBS at once, and $disk MB of the $free MB free here; logs/ says more"
+    echo "$((${#lines[@]} - ${#open[@]})) of ${#lines[@]} jobs are finished. The others take about" \
+        "$total $unit, $JOBS at once, and $disk MB of the $free MB free here. More is in logs/"
     [[ $disk -lt $free ]] || fail "the disk is too small"
     if [[ ${#open[@]} -gt 0 ]]; then
         export runner=$$ prefix

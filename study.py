@@ -1,4 +1,4 @@
-"""What has been measured: runs with all their results, and which of them may be put side by side."""
+"""What has been measured: runs with their results, and which of them may be put side by side."""
 import hashlib
 import os
 import pathlib

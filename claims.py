@@ -1,0 +1,309 @@
+"""The claims of the paper, each with what was measured, an interval over seeds, and a verdict.
+
+Every quantity is turned so that the claim says it is above 0. Runs are compared only within groups
+that differ in nothing but what the claim is about; the paper's size and smaller ones stay apart.
+"""
+import math
+import statistics
+from types import SimpleNamespace
+
+import figures
+import study
+
+RULE = 'holds if the whole interval is above 0, does not if none of it is, else not enough data'
+EACH = 'holds if each value is above 0, else does not'
+ATTACKS = 'pgd', 'pgd100', 'apgd100_ce', 'apgd100_dlr', 'square5k'
+TASKS = {('mnist', 'lenet'): 'MNIST LeNet', ('cifar10', 'vgg'): 'CIFAR10 VGG',
+         ('cifar10', 'resnet18'): 'CIFAR10 ResNet18'}
+# 97.5 % quantile of Student's t, by degrees of freedom
+T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
+     10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}
+
+
+def interval(values):
+    """Mean and 95 % t interval of independent values, (mean, low, high); None of fewer than 2."""
+    if len(values) < 2:
+        return None
+    mean, freedom = statistics.mean(values), len(values) - 1
+    half = T[max(df for df in T if df <= freedom)] * statistics.stdev(values) / len(values) ** .5
+    return mean, mean - half, mean + half
+
+
+def verdict(values):
+    """By RULE."""
+    if not (found := interval(values)):
+        return 'not enough data'
+    _, low, high = found
+    return 'holds' if low > 0 else 'does not' if high <= 0 else 'not enough data'
+
+
+def row(claim, where, measured, values=(), of_paper='', note='', unit='seed'):
+    """A row of claims.md; `values`, one a seed, are in the unit that `measured` says."""
+    found = interval(values)
+    ours = '' if not values else f'{values[0]:.3g}' if not found else (
+        '{:.3g} ({:.3g} to {:.3g})'.format(*found))
+    return SimpleNamespace(
+        claim=claim, where=where, measured=measured, ours=ours, of_paper=of_paper, values=values,
+        n=f'{len(values)} {unit}{"s" * (len(values) != 1)}' + f', {note}' * bool(note),
+        verdict=verdict(values), rule=RULE)
+
+
+def exact(claim, measured, values, of_paper):
+    """A row whose values are no sample but all there is, so that each must agree."""
+    verdict = 'holds' if values and min(values) > 0 else 'does not' if values else 'not enough data'
+    return SimpleNamespace(
+        claim=claim, where='', measured=measured, of_paper=of_paper, values=values,
+        ours=f'at least {min(values):.3g}' if values else '', n=f'{len(values)} cases',
+        verdict=verdict, rule=EACH)
+
+
+def of_table(group, paper):
+    """Table 1: a warm-up of eps beats a constant one; the ensemble of periods beats the last model.
+
+    group: runs that differ in schedule, periods and seed, with evaluations of all columns alike;
+    paper: (periodic, schedule, column) -> the paper's mean and deviation, in percent.
+    """
+    errors = {}
+    for run in group:
+        columns = study.evaluation(run, 'clean', *ATTACKS)['columns']
+        key = len(run.config['periods']) > 1, run.config['eps_sched']
+        errors.setdefault(key, {})[run.seed] = {
+            'clean': 100 * columns['clean']['error'],
+            'robust': 100 * statistics.mean(columns[name]['error'] for name in ATTACKS)}
+
+    def difference(worse, better, kind):
+        a, b = errors.get(worse, {}), errors.get(better, {})
+        return [a[seed][kind] - b[seed][kind] for seed in sorted(set(a) & set(b))]
+
+    def of_paper(worse, better, kind):
+        names = ATTACKS if kind == 'robust' else ('clean',)
+        means = [[paper[(*key, name)][0] for name in names] for key in (worse, better)
+                 if (*key, names[0]) in paper]
+        return f'{statistics.mean(means[0]) - statistics.mean(means[1]):.2f}' if means[1:] else ''
+
+    for sched in 'linear', 'cosine':
+        for kind in 'clean', 'robust':
+            for periodic in False, True:
+                keys = (periodic, 'constant'), (periodic, sched)
+                yield row(f'a {sched} eps beats a constant eps, {kind} error', periodic
+                          and 'periodic' or '', f'constant - {sched}, points of {kind} error'
+                          + ' (mean of the five attacks)' * (kind == 'robust'),
+                          difference(*keys, kind), of_paper(*keys, kind))
+    for sched in 'constant', 'linear', 'cosine':
+        keys = (False, sched), (True, sched)
+        yield row('an ensemble of periods beats the last model', f'{sched} eps',
+                  'last model - ensemble, points of robust error (mean of the five attacks)',
+                  difference(*keys, 'robust'), of_paper(*keys, 'robust'))
+
+
+def of_rates(group, _=None, usable=.5):
+    """Figure 5 and C.2.3: the learning rates at which training works, by schedule."""
+    kinds, most = {}, max((figures.errors(run)[1] for run in group), default=0)
+    for run in group:
+        error, n = figures.errors(run)
+        if n == most and n:
+            kind = 'lr warm-up' if run.config.get('lr_warmup') else run.config['eps_sched']
+            kinds.setdefault(kind, {}).setdefault(run.seed, {})[run.config['lr']] = error
+
+    def paired(first, second, quantity):
+        a, b = kinds.get(first, {}), kinds.get(second, {})
+        rates = {seed: set(a[seed]) & set(b[seed]) for seed in sorted(set(a) & set(b))}
+        full = max(map(len, rates.values()), default=0)
+        return [quantity(a[seed], b[seed], common) for seed, common in rates.items()
+                if len(common) == full > 0], full
+
+    for sched in 'linear', 'cosine':
+        values, n = paired(sched, 'constant', lambda a, b, rates: float(
+            sum(a[lr] < usable for lr in rates) - sum(b[lr] < usable for lr in rates)))
+        yield row('a warm-up of eps widens the range of usable learning rates', f'{sched} eps',
+                  f'more learning rates with a PGD error below {usable:.0%} than constant eps',
+                  values if n > 1 else [], 'Figure 5', f'{n} rates' if n > 1 else '')
+    for sched in 'linear', 'cosine':
+        values, n = paired('lr warm-up', sched, lambda a, b, rates: 100 * statistics.mean(
+            a[lr] - b[lr] for lr in rates))
+        yield row('a warm-up of the learning rate does not replace that of eps', f'{sched} eps',
+                  f'lr warm-up with constant eps - {sched} eps, points of PGD error, mean over '
+                  'learning rates', values, 'C.2.3', f'{n} rates' if n else '')
+
+
+def slope(points):
+    """How many decades y changes from the smallest x to the largest, by least squares of log y."""
+    x, y = zip(*((x, math.log10(y)) for x, y in points))
+    fit = statistics.linear_regression(x, y)
+    return fit.slope * (max(x) - min(x))
+
+
+def gradient(run, end):
+    """Mean norm of the stochastic gradient over the first tenth of what was traced at the start,
+    or over all traced at the end."""
+    norms, part = [step['grad_norm'] for step in run.trace], traced(run)
+    return statistics.mean(norms[-part:] if end else norms[:max(1, part // 10)])
+
+
+def traced(run):
+    """How many updates were traced at the start, and as many at the end."""
+    return min(run.config['trace'], max(1, len(run.trace) // 2))
+
+
+def sharpness(run):
+    """The top eigenvalue over the mean L_eps of random theta; None if not measured."""
+    value = run.hessian and figures.trusted(run.hessian)[0]
+    return value and value / run.hessian['scale']['mean']
+
+
+def apart(run):
+    """Cosine along a random direction less that along the top eigenvector, for each a > 0."""
+    cosine = {(point['direction'], point['a']): point['cosine'] for point in
+              run.similarity['points'] if point['a'] > 0 and point['cosine'] is not None}
+    return [cosine['random', a] - cosine['eigenvector', a] for direction, a in cosine
+            if direction == 'random' and ('eigenvector', a) in cosine]
+
+
+def of_budgets(group, _=None):
+    """Section 4: what changes with a constant eps. A constant classifier has reached no minimum."""
+    group = [run for run in group if run.config['eps_sched'] == 'constant']
+
+    def values(measure, runs):
+        by_seed, budgets = {}, {}
+        for run in runs:
+            if (value := measure(run)):
+                by_seed.setdefault(run.seed, []).append((run.eps, abs(value)))
+        by_seed = {seed: points for seed, points in by_seed.items() if len(points) > 1}
+        budgets = sorted({eps for points in by_seed.values() for eps, _ in points})
+        return by_seed, f'eps {budgets[0]:.3g} to {budgets[-1]:.3g}' if budgets else ''
+
+    trained = [run for run in group if not run.constant]
+    stuck = f', constant classifiers left out: {len(group) - len(trained)}'
+    stuck *= len(group) > len(trained)
+    for claim, measure, runs, sign, measured, figure in (
+            ('a larger eps gives smaller gradients at first',
+             lambda run: run.trace and gradient(run, False), group, -1,
+             'fall of the mean gradient norm, first tenth of the traced start', 'Figures 2a, 8'),
+            ('a larger eps gives larger gradients in the end',
+             lambda run: run.trace and gradient(run, True), trained, 1,
+             'rise of the mean gradient norm, traced end', 'Figures 2d, 8'),
+            ('a larger eps gives sharper minima', sharpness, trained, 1,
+             'rise of the normalised top eigenvalue', 'Figure 3')):
+        by_seed, note = values(measure, runs)
+        yield row(claim, '', f'{measured}, decades from the smallest eps to the largest',
+                  [sign * slope(points) for points in by_seed.values()], figure,
+                  note + stuck * (runs is trained and bool(by_seed)))
+    by_seed = {}
+    for run in trained:
+        if run.eps > 0 and run.similarity:
+            by_seed.setdefault(run.seed, []).extend(apart(run))
+    yield row('perturbations are less similar along the top eigenvector', '',
+              'cosine, random direction - top eigenvector, mean over a > 0 and eps',
+              [statistics.mean(found) for found in by_seed.values() if found], 'Figure 4')
+    curves = {}
+    for run in group:
+        for curve in run.curves:
+            curves.setdefault(run.eps, {})[run.seed] = curve['barriers'][curve['curve']]
+    largest = max(curves, default=0)
+    pairs = set(curves.get(0, {})) & set(curves.get(largest, {})) if largest else ()
+    yield row('adversarial minima are less connected', '', 'barrier of L_eps along the curve, '
+              f'eps {largest:.3g} - eps 0', [curves[largest][pair] - curves[0][pair]
+                                             for pair in sorted(pairs)], 'C.2.5', unit='pair')
+
+
+def of_widths(group, _=None):
+    """C.2.4: narrow models get dead layers under a constant large eps."""
+    group = [run for run in group if run.config['eps_sched'] == 'constant']
+    dead = {(run.config['width'], run.eps, run.seed): float(any(
+        layer['all'] for layer in run.dead['layers'])) for run in group if run.dead}
+    budgets = [eps for eps in {eps for _, eps, _ in dead} if eps > 0 and len(
+        {width for width, other, _ in dead if other == eps}) > 1]
+    eps = max(budgets, default=0)
+    widths = sorted({width for width, other, _ in dead if other == eps and eps})
+    values = [dead[widths[0], eps, seed] - dead[widths[-1], eps, seed]
+              for seed in sorted({seed for *_, seed in dead}) if widths and all(
+                  (width, eps, seed) in dead for width in (widths[0], widths[-1]))]
+    yield row('narrow models get dead layers', '', 'share of seeds with a layer all dead, '
+              + (f'width {widths[0]} - width {widths[-1]}, eps {eps:.3g}' if values
+                 else 'narrowest - widest'), values, 'C.2.4')
+
+
+def of_theory(theory):
+    """Section 3, checked in numbers by `landscape.py theory`."""
+    yield exact('Theorem 2: the probability of large gradients is below its bound',
+                'bound - measured share, gamma in 2 .. 6', [
+                    point['bound'] - point['share'] for case in theory.get('theorem_2', [])
+                    for point in case['points']], 'Eq. 4')
+    yield exact('Theorem 1: from ||x||_inf on, 0 is the best multiple of every linear model',
+                '||x||_inf - least eps at which that is so of all random models', [
+                    case['sufficient'] - case['all_in_T_from']
+                    for case in theory.get('theorem_1', [])], 'Theorem 1')
+
+
+# what is compared, the settings in which its runs may differ, and where the paper has it
+STUDIES = (
+    (of_table, ('periods', *study.SCHEDULE), list(TASKS)),
+    (of_budgets, ('eps',), [('cifar10', 'resnet18'), ('mnist', 'lenet')]),
+    (of_rates, ('lr', 'lr_warmup', *study.SCHEDULE), [('mnist', 'lenet')]),
+    (of_widths, ('eps', 'width'), [('mnist', 'lenet')]),
+)
+
+
+def grouped(compare, runs, own):
+    """(share of the test images that are evaluated, runs) of groups that may be compared."""
+    columns, by_share = {of_table: ('clean', *ATTACKS), of_rates: ('pgd',)}.get(compare), {}
+    for run in runs:
+        if not columns:
+            by_share.setdefault(1, []).append(run)
+        elif (result := study.evaluation(run, *columns)):
+            by_share.setdefault(result['n'] / result['n_test'], []).append(run)
+    return [(share, group) for share, found in sorted(by_share.items())
+            for group in study.alike(found, *own)]
+
+
+def check(runs, theory, paper):
+    """{heading: rows}: first what the paper claims, at its size, then what smaller runs say of it.
+
+    theory: the result of `landscape.py theory` or {}; paper: (dataset, model) -> what `of_table`
+    takes. A row of the paper's size is there even if nothing is measured.
+    """
+    whole, small = [], {}
+    for compare, own, tasks in STUDIES:
+        found = {task: [] for task in tasks}
+        for share, group in grouped(compare, runs, own):
+            config = group[-1].config
+            task = config['dataset'], config['model']
+            rows = [row for row in compare(group, paper.get(task, {})) if row.values]
+            if task in tasks and share == 1 and not any(
+                    study.departures(run.config) - {*own} for run in group):
+                found[task] += rows
+            elif rows:
+                small.setdefault(figures.title(group).replace('\n', ', '), []).extend(rows)
+        for task, rows in found.items():
+            known = {(row.claim, row.where) for row in rows}
+            rows += [row for row in compare([], paper.get(task, {})) if row.of_paper and
+                     (row.claim, row.where) not in known]
+            for row in rows:
+                row.where = ', '.join(filter(None, (TASKS[task], row.where)))
+            whole += rows
+    return {"At the paper's size": whole + list(of_theory(theory)), **small}
+
+
+def summary(tables):
+    """How many rows hold, by size, a line each."""
+    text = ''
+    for heading, rows in tables.items():
+        count = {verdict: sum(row.verdict == verdict for row in rows)
+                 for verdict in ('holds', 'does not', 'not enough data')}
+        text += (f'- {heading}: ' + ', '.join(f'{n} {verdict}' for verdict, n in count.items())
+                 + f', of {len(rows)}\n')
+    return text
+
+
+def text(tables):
+    """claims.md."""
+    head = ('claim', 'where', 'measured', 'ours (95 % interval)', "the paper's", 'n', 'verdict',
+            'rule')
+    text = f'# Does it hold?\n\n{summary(tables)}\n'
+    for heading, rows in tables.items():
+        text += f'## {heading}\n\n| ' + ' | '.join(head) + ' |\n' + '|---' * len(head) + '|\n'
+        for row in rows:
+            text += '| ' + ' | '.join((row.claim, row.where, row.measured, row.ours, row.of_paper,
+                                       row.n, f'**{row.verdict}**', row.rule)) + ' |\n'
+        text += '\n'
+    return text
