@@ -98,32 +98,28 @@ def of_table(group, paper):
 
 def of_rates(group, _=None, usable=.5):
     """Figure 5 and C.2.3: the learning rates at which training works, by schedule."""
-    kinds, most = {}, max((figures.errors(run)[1] for run in group), default=0)
-    for run in group:
-        error, n = figures.errors(run)
-        if n == most and n:
-            kind = 'lr warm-up' if run.config.get('lr_warmup') else run.config['eps_sched']
-            kinds.setdefault(kind, {}).setdefault(run.seed, {})[run.config['lr']] = error
+    found, _ = figures.by_rate(group)
 
-    def paired(first, second, quantity):
-        a, b = kinds.get(first, {}), kinds.get(second, {})
-        rates = {seed: set(a[seed]) & set(b[seed]) for seed in sorted(set(a) & set(b))}
-        full = max(map(len, rates.values()), default=0)
-        return [quantity(a[seed], b[seed], common) for seed, common in rates.items()
-                if len(common) == full > 0], full
+    def paired(first, second, quantity):  # of the seeds that have most learning rates in common
+        by_seed = {}
+        for lr in sorted(set(found.get(first, {})) & set(found.get(second, {}))):
+            a, b = found[first][lr], found[second][lr]
+            for seed in sorted(set(a) & set(b)):
+                by_seed.setdefault(seed, []).append(quantity(a[seed], b[seed]))
+        n = max(map(len, by_seed.values()), default=0)
+        return [values for values in by_seed.values() if len(values) == n], n
 
     for sched in 'linear', 'cosine':
-        values, n = paired(sched, 'constant', lambda a, b, rates: float(
-            sum(a[lr] < usable for lr in rates) - sum(b[lr] < usable for lr in rates)))
+        values, n = paired(f'{sched} eps', 'constant eps',
+                           lambda a, b: float(a < usable) - float(b < usable))
         yield row('a warm-up of eps widens the range of usable learning rates', f'{sched} eps',
                   f'more learning rates with a PGD error below {usable:.0%} than constant eps',
-                  values if n > 1 else [], 'Figure 5', f'{n} rates' if n > 1 else '')
+                  list(map(sum, values)) if n > 1 else [], 'Figure 5', f'{n} rates' if n > 1 else '')
     for sched in 'linear', 'cosine':
-        values, n = paired('lr warm-up', sched, lambda a, b, rates: 100 * statistics.mean(
-            a[lr] - b[lr] for lr in rates))
+        values, n = paired('lr warm-up', f'{sched} eps', lambda a, b: 100 * (a - b))
         yield row('a warm-up of the learning rate does not replace that of eps', f'{sched} eps',
                   f'lr warm-up with constant eps - {sched} eps, points of PGD error, mean over '
-                  'learning rates', values, 'C.2.3', f'{n} rates' if n else '')
+                  'learning rates', list(map(statistics.mean, values)), 'C.2.3', f'{n} rates' if n else '')
 
 
 def slope(points):

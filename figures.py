@@ -48,11 +48,11 @@ def budget(eps, dataset):
     return f'{eps * 255:.4g}/255' if dataset == 'cifar10' and eps else f'{eps:.4g}'
 
 
-def by_eps(group, name):
-    """{(label, colour): runs} of the runs in a group that have the result `name`, by eps."""
+def by_eps(group, name, some=lambda run: True):
+    """{(label, colour): runs} of those, of some runs in a group, that have the result `name`."""
     found, budgets = {}, sorted({run.eps for run in group})
     for run in group:
-        if getattr(run, name):
+        if getattr(run, name) and some(run):
             key = (f'eps {budget(run.eps, run.config["dataset"])}',
                    colormaps['viridis'](budgets.index(run.eps) / len(budgets)))
             found.setdefault(key, []).append(run)
@@ -143,7 +143,7 @@ def figure_3(group, path):
 
 def figure_4(group, path):
     """Cosine similarity of perturbations along the top eigenvector (dashed) and at random."""
-    found = by_eps([run for run in group if run.eps > 0 and not run.constant], 'similarity')
+    found = by_eps(group, 'similarity', lambda run: run.eps > 0 and not run.constant)
     if not found:
         return False
     with analysis.figure(path, 2, title(group)) as axes:
@@ -207,31 +207,34 @@ def errors(run):
     return (result['columns']['pgd']['error'], result['n']) if result else (None, 0)
 
 
-def by_lr(runs):
-    """(learning rates, PGD errors of each seed at them (seeds, lrs)) where all seeds have one."""
+def by_rate(group):
+    """Schedule -> learning rate -> seed -> PGD error, of the runs measured on most images.
+
+    Where the learning rate is warmed up and eps is constant, the schedule is called lr warm-up.
+    """
+    most = max((errors(run)[1] for run in group), default=0)
     found = {}
-    for run in runs:
-        found.setdefault(run.seed, {})[run.config['lr']] = errors(run)[0]
-    rates = sorted(set.intersection(*map(set, found.values()))) if found else []
-    return rates, [[found[seed][lr] for lr in rates] for seed in sorted(found)]
+    for run in group:
+        error, n = errors(run)
+        if n == most > 0:
+            kind = 'lr warm-up' if run.config.get('lr_warmup') else run.config['eps_sched'] + ' eps'
+            found.setdefault(kind, {}).setdefault(run.config['lr'], {})[run.seed] = error
+    return found, most
 
 
-def figure_5(group, path, kinds=None):
+def figure_5(group, path):
     """Robust test error against the learning rate, for each schedule of eps."""
-    kinds = kinds or {run.config['eps_sched']: [] for run in group}
-    most = max(errors(run)[1] for run in group)
-    measured = [run for run in group if most and errors(run)[1] == most]
-    for run in measured:
-        kind = ('lr warm-up' if run.config.get('lr_warmup') else run.config['eps_sched'])
-        kinds.setdefault(kind, []).append(run)
-    curves = {kind: by_lr(runs) for kind, runs in kinds.items()}
-    curves = {kind: curve for kind, curve in curves.items() if len(curve[0]) > 1}
-    if len(curves) < 2:
+    found, most = by_rate(group)
+    if sum(len(rates) > 1 for rates in found.values()) < 2:
         return False
     with analysis.figure(path, 1, title(group)) as (ax,):
-        for (kind, (rates, values)), mark in zip(sorted(curves.items()), 'o^sD'):
-            band(ax, rates, 100 * np.array(values), f'{kind}'
-                 + ' eps' * (kind != 'lr warm-up'), marker=mark)
+        for (kind, rates), mark in zip(sorted(found.items()), 'o^sD'):
+            lrs = sorted(rates)
+            values = [[100 * error for error in rates[lr].values()] for lr in lrs]
+            mean, half = np.array([[np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0]
+                                   for v in values]).T
+            line, = ax.plot(lrs, mean, marker=mark, label=kind)
+            ax.fill_between(lrs, mean - half, mean + half, alpha=.2, color=line.get_color(), lw=0)
         ax.set(xscale='log', xlabel=f'learning rate of {group[0].config["optimizer"]}',
                ylabel=f'robust test error, %, PGD, n = {most:,}', ylim=(0, 100))
         ax.legend()

@@ -185,7 +185,7 @@ def label(config):
 
 
 def table_1(runs):
-    """The texts of table1.md and of table1.csv."""
+    """The texts of table1.md, what there is of the paper's size first, and of table1.csv."""
     pairs, table = evaluated(runs), io.StringIO()
     whole = [pair for pair in pairs if at_full_size(*pair)]
     rows = [['dataset', 'model', 'width', 'eps', 'epochs', 'n', 'schedule', 'runs', *COLUMNS,
@@ -350,7 +350,8 @@ def main(argv=None):
         for name, text in texts.items():
             if text:
                 record.replace(out / name, lambda file: file.write(text.encode()))
-    print(claims.summary(checked) + f'written to {out}: ' + ', '.join(
+    shown = table.split('## ')[1] if any(run.evaluations for run in runs) else ''
+    print(shown + claims.summary(checked) + f'written to {out}: ' + ', '.join(
         sorted(path.name for path in out.iterdir() if not path.name.startswith('.'))))
 
 

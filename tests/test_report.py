@@ -3,10 +3,13 @@ import hashlib
 import shutil
 
 import pytest
+import torch
 
+import claims
 import evaluate
 import record
 import report
+import train
 
 
 def test_notation_is_the_papers():
@@ -31,7 +34,7 @@ def test_the_table_holds_the_runs_side_by_side_and_says_how_small_it_is(
     for part in ('width 2', '1,000 images', '4 epochs', '2 steps of 0.1', '40 of 1,000 test images',
                  'ensemble of 3', 'missing'):
         assert part in text
-    assert text in capsys.readouterr().out and text.count('| schedule |') == 1
+    assert 'ensemble of 3' in capsys.readouterr().out and text.count('| schedule |') == 1
     rows = list(csv.DictReader((tmp_path / 'results/table1.csv').open()))
     error = record.load(evaluated / 'single/evaluate_n40.json')['columns']['pgd']['error']
     assert float(rows[0]['pgd']) == pytest.approx(100 * error) and rows[0]['schedule'] == 'constant'
@@ -90,10 +93,67 @@ def test_seeds_become_mean_and_deviation(evaluated, tmp_path):
     assert f'| constant | {100 * (first + .05):.2f}(707) |' in text
 
 
-def test_without_any_evaluation_the_way_out_is_told(runs, tmp_path):
-    with pytest.raises(ValueError, match='evaluate.py'):
-        report.main([str(runs / 'single'), '--out', str(tmp_path / 'results')])
-    assert not (tmp_path / 'results').exists()
+def test_without_any_run_all_that_the_paper_has_is_called_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    report.main([])
+    assert '43 not enough data, of 43' in capsys.readouterr().out
+    text = (tmp_path / 'results/table1.md').read_text()
+    assert text.count('missing / ') == 90 and '8.58(89)' in text
+    assert 'holds if' in (tmp_path / 'results/claims.md').read_text()
+    assert not list((tmp_path / 'results').glob('*.png'))
+
+
+def test_a_run_that_is_only_trained_changes_no_number(runs, tmp_path):
+    report.main([str(runs / 'single'), '--out', str(tmp_path / 'results')])
+    assert 'Smaller runs' not in (tmp_path / 'results/table1.md').read_text()
+
+
+def paper_run(folder, seed, sched, errors, n=10000, **change):
+    """A finished run of Table 1, with the evaluation `errors` in percent, made up."""
+    flags = ['--dataset', 'mnist', '--eps-sched', sched, '--seed', str(seed)]
+    config = vars(train.settings(train.parse(flags))) | change
+    folder.mkdir(parents=True)
+    session = {'commit': 'abc', 'torch': '2', 'device': 'H100'}
+    record.save(folder / 'config.json', config | {'sessions': [session]})
+    record.save(folder / 'period1.pt', {'seed': torch.tensor(float(seed))})
+    record.save(folder / 'log.jsonl', [{'loss': 1., 'seconds': 60., 'predicted_classes': 10}] * 3)
+    columns = dict(zip(('clean', *claims.ATTACKS, 'worst'), errors))
+    record.save(folder / 'evaluate.json', {
+        'eps': config['eps'], 'dataset': 'mnist', 'n': n, 'n_test': 10000, 'seed': 0,
+        'sessions': [session], 'columns': {
+            key: {'error': error / 100, 'settings': {'n_iter': 100, 'step_size': .01}}
+            for key, error in columns.items()}})
+    return str(folder)
+
+
+def test_our_numbers_stand_beside_the_papers_with_the_difference_in_deviations(tmp_path):
+    runs = [paper_run(tmp_path / str(seed), seed, 'constant', [1.56 + d, 8, 9, 10, 11, 12, 13])
+            for seed, d in enumerate((-.1, .0, .4))]
+    report.main([*runs, '--out', str(tmp_path / 'results')])
+    text = (tmp_path / 'results/table1.md').read_text()
+    # mean 1.66, deviation sqrt(.07) = .26; .1 / sqrt(.07 + .17 ** 2) = .32
+    assert '| MNIST LeNet | no | constant | 1.66(26) / 1.56(17) / +0.3 | 8.00(0) / 8.58(89) / -0.7 '\
+        in text
+    assert '| 13.00(0) | 3 | 3.0 |' in text and text.count('missing / ') == 84
+    assert 'trained: commit abc, torch 2, H100' in text
+    rows = list(csv.DictReader((tmp_path / 'results/table1.csv').open()))
+    assert len(rows) == 1 and float(rows[0]['clean_deviation']) == pytest.approx(.2646, abs=1e-4)
+
+
+def test_a_single_run_is_measured_in_the_papers_deviations():
+    assert report.beside([.0169], 1.5, .1) == '1.69 / 1.50(10) / +1.9'
+
+
+@pytest.mark.parametrize('change', [{'epochs': 99, 'periods': [99]}, {'width': 8}, {'lr': 1e-3},
+                                    {'n_train': 100}, {'n': 1000}])
+def test_what_is_not_of_the_papers_size_does_not_enter_its_table(tmp_path, change):
+    run = paper_run(tmp_path / 'run', 0, 'constant', [1, 8, 9, 10, 11, 12, 13], **change)
+    report.main([run, '--out', str(tmp_path / 'results')])
+    whole, = (part for part in (tmp_path / 'results/table1.md').read_text().split('## ')
+              if 'paper\'s size' in part)
+    assert whole.count('missing / ') == 90 and 'MNIST' in whole
+    small = (tmp_path / 'results/table1.md').read_text().replace(whole, '')
+    assert '| constant | 1.00 | 8.00 |' in small
 
 
 def analysed_run(folder, eps, seed, top, gradients):
@@ -123,12 +183,11 @@ def analysed_run(folder, eps, seed, top, gradients):
     return str(folder)
 
 
-def test_runs_of_several_budgets_are_one_table_with_means_over_seeds(tmp_path, capsys):
+def test_runs_of_several_budgets_are_one_table_with_means_over_seeds(tmp_path):
     runs = [analysed_run(tmp_path / f'{eps}_{seed}', eps, seed, 10 + eps + 2 * seed, [4, 2, 1, 3])
             for eps in (.2, 0, .1) for seed in (0, 1)]
     report.main([*runs, '--out', str(tmp_path / 'results')])
     text = (tmp_path / 'results/landscape.md').read_text()
-    assert text in capsys.readouterr().out
     assert 'hessian: commit abc, torch 2, cpu' in text
     assert '100 images of mnist5k' in text and '50 for hessian' in text
     head, _, *rows = [[cell.strip() for cell in line.split('|')[1:-1]]
@@ -142,15 +201,16 @@ def test_runs_of_several_budgets_are_one_table_with_means_over_seeds(tmp_path, c
                 'gradient, last': '2 ± 0', 'distance': '11 ± 0', 'constant': '0 ± 0',
                 'dead conv1': '0.25 ± 0'}
     assert {name: found[name] for name in expected} == expected
-    for figure in 'fig2', 'fig3', 'fig4':
+    for figure in 'fig8', 'fig3', 'fig4':
         size = (tmp_path / f'results/{figure}_mnist5k_lenet_1_constant.png').stat().st_size
         assert size > 10000
 
 
 def test_barriers_between_runs_are_a_table(tmp_path):
     run = analysed_run(tmp_path / 'run', .1, 0, 10, [1, 1, 1, 1])
+    digest = record.load(tmp_path / 'run/dead_n50.json')['digest']
     record.save(tmp_path / 'run/connect_other.json', {
-        'eps': .1, 'n': 50, 'curve': 'polygon', 'n_control': 3, 'epochs': 7,
+        'digest': digest, 'other': '',         'eps': .1, 'n': 50, 'curve': 'polygon', 'n_control': 3, 'epochs': 7,
         'barriers': {'line': 2., 'polygon': .5},
         'points': [{'path': path, 't': t, 'loss': t * (1 - t) * 4 * high, 'robust_error': t / 2}
                    for path, high in (('line', 3), ('polygon', 1.5)) for t in (0, .5, 1)]})

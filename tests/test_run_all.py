@@ -1,12 +1,17 @@
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
+import evaluate
 import hessian
 import landscape
+import report
+import study
 import train
 
 HERE = pathlib.Path(__file__).parents[1]
@@ -38,29 +43,225 @@ def test_a_python_that_does_not_run_is_a_clear_error(tmp_path):
     assert done.returncode == 1 and 'python3 does not run' in done.stderr
 
 
-def test_an_unknown_word_is_named_with_the_usage():
+def test_an_unknown_flag_is_named_with_the_way_out():
     done = run_all('--fast')
-    assert done.returncode == 1 and "'--fast'" in done.stderr and '--quick' in done.stdout
+    assert done.returncode == 1 and "'--fast'" in done.stderr and '--help' in done.stderr
+    assert '--quick' in run_all('--help').stdout
 
 
 def test_the_full_table_is_not_begun_without_a_gpu_unasked():
     done = run_all(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES='')
     assert done.returncode == 1 and '--quick' in done.stderr and '--cpu' in done.stderr
+    assert 'hours of one' in done.stderr
 
 
-@pytest.mark.parametrize('seeds, runs, curves', [('0 1', 10 + 4 + 8, 2), ('3', 5 + 4 + 4, 0)])
-def test_the_landscape_asks_the_scripts_only_for_what_they_know(tmp_path, seeds, runs, curves):
-    stub = tmp_path / 'python3'
-    stub.write_text('#!/bin/sh\n[ "$1" = -c ] || echo "COMMAND $@"\n')
-    stub.chmod(0o755)
-    done = run_all('--landscape', PYTHON=str(stub), SEEDS=seeds, DATA_DIR='images')
+def jobs_of(*flags, **environment):
+    """The jobs of --list as lists of commands, (script, flags), and their costs."""
+    done = run_all('--list', *flags, **environment)
     assert done.returncode == 0, done.stderr
-    commands = [line.split()[1:] for line in done.stdout.splitlines() if line[:7] == 'COMMAND']
-    for script, *flags in commands[:-1]:
-        parse = {'train.py': train, 'hessian.py': hessian, 'landscape.py': landscape}[script].parse
-        assert parse(flags).data_dir == 'images'
-        if script == 'train.py':
-            train.settings(train.parse(flags))
-    assert [command[0] for command in commands].count('train.py') == runs
-    assert [command[1] for command in commands].count('connect') == curves
-    assert commands[-1][0] == 'report.py' and commands[-1][-1] == 'results/landscape'
+    jobs, costs = [], []
+    for line in done.stdout.splitlines():
+        line, cost = line.removeprefix('export OMP_NUM_THREADS=1; ').split(' # ')
+        costs.append(int(cost.split()[0]))
+        jobs.append([shlex.split(command)[1:] for command in line.split(' && ')])
+    assert f'{len(jobs)} jobs, {sum(costs)} ' in done.stderr
+    return jobs, costs
+
+
+@pytest.mark.parametrize('table', [[], ['--small'], ['--quick']])
+def test_the_list_asks_the_scripts_only_for_what_they_know(table):
+    jobs, _ = jobs_of(*table, DATA_DIR='my images')
+    scripts = {'train.py': train, 'evaluate.py': evaluate, 'hessian.py': hessian,
+               'landscape.py': landscape}
+    trained = {}
+    for job in jobs:
+        for script, *flags in job:
+            args = scripts[script].parse(flags)
+            assert args.data_dir == 'my images'
+            if script == 'train.py':  # the same run has the same flags wherever it is named
+                settings = vars(train.settings(args))
+                assert trained.setdefault(args.out, settings) == settings
+            else:
+                named = {flag for flag in flags if flag.startswith('ckpts/')}
+                assert named <= {train.parse(rest).out for name, *rest in job
+                                 if name == 'train.py'}  # so no job waits for another
+    kinds = {' '.join(command[:2]) for job in jobs for command in job if command[0] != 'train.py'}
+    for part in ('landscape.py similarity', 'landscape.py surface', 'landscape.py connect',
+                 'landscape.py dead', 'landscape.py theory'):
+        assert part in kinds
+
+
+def test_the_list_covers_the_papers_table():
+    jobs, costs = jobs_of('table1')
+    rows = {}
+    for job in jobs:
+        assert [command[0] for command in job] == ['train.py', 'evaluate.py'] and len(job[1]) <= 3
+        config = vars(train.settings(train.parse(job[0][1:])))
+        assert not study.departures(config)
+        key = config['dataset'], config['model'], len(config['periods']) > 1, config['eps_sched']
+        rows.setdefault(key, set()).add(config['seed'])
+    wanted = {(*task, periodic, sched) for task, cells in report.paper().items()
+              for periodic, sched, _ in cells}
+    assert set(rows) == wanted and len(wanted) == 15 and min(costs) > 0
+    assert all(seeds == {0, 1, 2} for seeds in rows.values())
+
+
+def test_the_list_covers_the_papers_studies():
+    def settings(*parts):
+        found = [vars(train.settings(train.parse(command[1:]))) for job in jobs_of(*parts)[0]
+                 for command in job if command[0] == 'train.py']
+        return [config for config in found if config['seed'] == 0]
+
+    budgets = {(c['model'], round(c['eps'] * 255, 3) if c['dataset'] == 'cifar10' else c['eps'])
+               for c in settings('fig2', 'fig8') if c['trace'] == 2000}
+    assert budgets == {('resnet18', eps) for eps in (0, 2, 4, 8)} | {
+        ('lenet', eps) for eps in (0, .1, .2, .3, .4)}
+    rates = {(c['lr'], c['eps_sched'], c['lr_warmup']) for c in settings('fig5', 'c23')}
+    lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+    assert rates == {(lr, sched, 0) for lr in lrs for sched in ('constant', 'linear', 'cosine')} | {
+        (lr, 'constant', .5) for lr in lrs}
+    assert len({c['width'] for c in settings('c24')}) == 4
+    assert {c['eps'] for c in settings('c25')} == {0, 8 / 255}
+
+
+def test_parts_and_seeds_and_flags_choose_the_jobs():
+    whole, _ = jobs_of()
+    assert len(jobs_of('fig1')[0]) == 1 and len(jobs_of('appendix')[0]) < len(whole)
+    assert {flag for job in jobs_of('table1', SEEDS='7')[0] for command in job
+            for flag, seed in zip(command, command[1:]) if flag == '--seed' and seed != '7'} == set()
+    assert len(jobs_of('table1', SEEDS='7')[0]) == 15
+    for job in jobs_of('table1', '--', '--precision', 'bf16')[0]:
+        assert '--precision bf16' in ' '.join(job[0]) and '--precision' not in job[1]
+    assert "no part 'fig7'" in run_all('fig7', '--list').stderr
+
+
+def test_shards_are_all_jobs_and_each_once():
+    whole = [str(job) for job in jobs_of('--quick')[0]]
+    shards = [str(job) for i in (1, 2, 3) for job in jobs_of('--quick', '--shard', f'{i}/3')[0]]
+    assert sorted(shards) == sorted(whole) and shards != whole
+
+
+@pytest.mark.parametrize('shard', ['0/2', '3/2', 'two', '1/0'])
+def test_a_shard_that_is_none_is_a_clear_error(shard):
+    done = run_all('--quick', '--list', '--shard', shard)
+    assert done.returncode == 1 and f"'{shard}'" in done.stderr and 'I/N' in done.stderr
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A copy of run_all.sh in a folder of its own, and a python3 that only takes notes.
+
+    It keeps what it is given in `commands`, waits while `hold` is there at a run named slow, and
+    fails where a run is named bad.
+    """
+    (tmp_path / 'run_all.sh').write_text((HERE / 'run_all.sh').read_text())
+    stub = tmp_path / 'python3'
+    stub.write_text('''#!/bin/sh
+[ "$1" = -c ] && exit 0
+echo "$@" >> commands
+case "$*" in *hold*) touch held; while [ -e hold ]; do sleep .05; done ;; esac
+case "$*" in *bad*) echo it broke; exit 3 ;; esac
+[ "$1" != train.py ] || { mkdir -p $3; touch $3/config.json $3/period1.pt; }
+''')
+    stub.chmod(0o755)
+    table = """quick() {
+    run table1 5 one --epochs 1
+    also table1 5 evaluate.py $run
+    run table1 5 bad_run --epochs 1
+    also table1 5 evaluate.py $run
+    run table1 5 hold_run --epochs 1
+    run table1 5 last
+}
+paper() {"""
+    text = (tmp_path / 'run_all.sh').read_text().replace('quick() {', 'unused() {')
+    (tmp_path / 'run_all.sh').write_text(text.replace('paper() {', table))
+    return tmp_path
+
+
+def start(bench, *flags, **environment):
+    environment = os.environ | {'PYTHON': str(bench / 'python3'), 'JOBS': '1'} | environment
+    return subprocess.Popen(['bash', str(bench / 'run_all.sh'), '--quick', *flags],
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True)
+
+
+def commands(bench):
+    """What the stub was given since the last look, but for reports."""
+    path = bench / 'commands'
+    lines = path.read_text().splitlines() if path.exists() else []
+    path.unlink(missing_ok=True)
+    return [' '.join(line.split()[:3]) for line in lines if not line.startswith('report.py')]
+
+
+def test_a_failed_job_is_named_at_the_end_with_its_log_and_stops_no_other(bench):
+    process = start(bench)
+    out, _ = process.communicate()
+    assert process.returncode == 1 and '1 of 4 jobs failed' in out
+    assert out.rstrip().endswith('logs/bad_run.log') and 'bad_run FAILED: it broke' in out
+    assert (bench / 'logs/bad_run.log').read_text() == 'it broke\n'
+    done = commands(bench)
+    assert 'train.py --out ckpts/last' in done and 'evaluate.py ckpts/one --device' in done
+    assert 'evaluate.py ckpts/bad_run --device' not in done
+
+
+def test_finished_jobs_are_not_looked_at_again_unless_files_of_them_are_lost(bench):
+    start(bench).communicate()
+    commands(bench)
+    out, _ = start(bench).communicate()
+    assert '3 of 4 jobs are finished' in out and commands(bench) == ['train.py --out ckpts/bad_run']
+    (bench / 'ckpts/last/period1.pt').unlink()
+    start(bench).communicate()
+    assert commands(bench) == ['train.py --out ckpts/bad_run', 'train.py --out ckpts/last']
+    start(bench, '--', '--lr', '1').communicate()  # other flags, other jobs
+    assert 'train.py --out ckpts/one' in commands(bench)
+
+
+def test_when_all_is_done_the_exit_code_says_so(bench):
+    start(bench).communicate()
+    (bench / 'python3').write_text((bench / 'python3').read_text().replace('*bad*', '*none*'))
+    process = start(bench)
+    process.communicate()
+    assert process.returncode == 0
+
+
+def test_killed_by_force_it_begins_no_further_job_and_goes_on_when_started_again(bench):
+    (bench / 'hold').touch()
+    process = start(bench)
+    while not (bench / 'held').exists():
+        time.sleep(.05)
+    process.kill()
+    process.wait()
+    (bench / 'hold').unlink()
+    process.communicate()  # until what it left has ended, too
+    assert 'train.py --out ckpts/last' not in commands(bench)
+    start(bench).communicate()
+    assert commands(bench) == ['train.py --out ckpts/bad_run', 'train.py --out ckpts/last']
+
+
+def test_jobs_run_side_by_side(bench):
+    (bench / 'hold').touch()
+    process = start(bench, JOBS='2')
+    while not (bench / 'ckpts/last/period1.pt').exists():  # while hold_run is held
+        time.sleep(.05)
+    (bench / 'hold').unlink()
+    process.communicate()
+    assert 'train.py --out ckpts/hold_run' in commands(bench)
+
+
+def test_an_existing_scheduler_can_run_the_list(bench):
+    lines, _ = start(bench, '--list').communicate()
+    lines = [line for line in lines.splitlines() if 'jobs,' not in line]
+    subprocess.run(['xargs', '-d', '\n', '-P', '2', '-I', '{}', 'bash', '-c', '{}'],
+                   input='\n'.join(lines), text=True, cwd=bench, capture_output=True)
+    assert sorted(commands(bench)) == sorted(
+        [f'train.py --out ckpts/{name}' for name in ('one', 'bad_run', 'hold_run', 'last')]
+        + ['evaluate.py ckpts/one --device'])
+
+
+def test_without_room_on_the_disk_nothing_begins(bench):
+    df = bench / 'df'
+    df.write_text('#!/bin/sh\necho "Filesystem 1M Used Available"; echo "disk 100 90 10"\n')
+    df.chmod(0o755)
+    out, _ = start(bench, PATH=f'{bench}:{os.environ["PATH"]}').communicate()
+    assert 'the disk is too small' in out and 'of the 10 MB free' in out
+    assert commands(bench) == []
