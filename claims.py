@@ -114,12 +114,14 @@ def of_rates(group, _=None, usable=.5):
                            lambda a, b: float(a < usable) - float(b < usable))
         yield row('a warm-up of eps widens the range of usable learning rates', f'{sched} eps',
                   f'more learning rates with a PGD error below {usable:.0%} than constant eps',
-                  list(map(sum, values)) if n > 1 else [], 'Figure 5', f'{n} rates' if n > 1 else '')
+                  list(map(sum, values)) if n > 1 else [], 'Figure 5',
+                  f'{n} rates' if n > 1 else '')
     for sched in 'linear', 'cosine':
         values, n = paired('lr warm-up', f'{sched} eps', lambda a, b: 100 * (a - b))
         yield row('a warm-up of the learning rate does not replace that of eps', f'{sched} eps',
                   f'lr warm-up with constant eps - {sched} eps, points of PGD error, mean over '
-                  'learning rates', list(map(statistics.mean, values)), 'C.2.3', f'{n} rates' if n else '')
+                  'learning rates', list(map(statistics.mean, values)), 'C.2.3',
+                  f'{n} rates' if n else '')
 
 
 def slope(points):

@@ -119,7 +119,8 @@ def download(name, path):
     source, arrays = getattr(datasets, name.upper()), {}
     for split in 'train', 'test':
         try:
-            part = source(path.parent / 'download', train=split == 'train', download=True)
+            with record.lock(path.parent / 'download', wait=True):  # runs may begin together
+                part = source(path.parent / 'download', train=split == 'train', download=True)
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f'no {name}: {path.absolute()} does not exist, and the download failed ({error}). '

@@ -277,15 +277,19 @@ list() {
     echo "${#lines[@]} jobs, $total $unit" >&2
 }
 
+plain() {  # LINE: its commands, one a line, without what is of this machine only
+    sed -E 's/.* ([a-z]+\.py )/\1/; s/ --(data-dir|device) [^ ]+//g' <<< "${1// && /$'\n'}"
+}
+
 finished() {  # NAME LINE: whether its commands all ended well, and what they left is still here
     local text
     [[ -f logs/$1.done ]] || return 1
     while IFS= read -r text; do
         grep -Fxq -e "$text" "logs/$1.done" || return 1
-    done <<< "${2// && /$'\n'}"
+    done <<< "$(plain "$2")"
     while IFS= read -r text; do
         [[ -e $text ]] || return 1
-    done < <(grep -E '^(ckpts|evals)/' "logs/$1.done")
+    done <<< "$(grep -E '^(ckpts|evals)/' "logs/$1.done")"
 }
 
 work() {  # NUMBER:NAME:COST:LINE: runs a job
@@ -301,7 +305,7 @@ work() {  # NUMBER:NAME:COST:LINE: runs a job
     fi
     {
         [[ ! -f logs/$name.done ]] || grep -Ev '^(ckpts|evals)/' "logs/$name.done" || true
-        echo "${line// && /$'\n'}"
+        plain "$line"
         # shellcheck disable=SC2046
         find $(grep -Eo '(ckpts/[^ ]+|theory)' <<< "$line" | sed 's/^theory/evals/' | sort -u) \
             -maxdepth 1 \( -name '*.json*' -o -name '*.npz' -o -name 'period*.pt' \) ! -name '.*'
@@ -331,12 +335,12 @@ start() {  # runs the jobs, JOBS at once, those first that come first, and repor
         disk=$((disk + megabytes))
     done
     free=$(df -Pm . | awk 'NR == 2 { print $4 }')
-    echo "$((${#lines[@]} - ${#open[@]})) of ${#lines[@]} jobs are finished. The others take about" \
-        "$total $unit, $JOBS at once, and $disk MB of the $free MB free here. More is in logs/"
+    echo "$((${#lines[@]} - ${#open[@]})) of ${#lines[@]} jobs are finished. The others take" \
+        "about $total $unit, $JOBS at once, and $disk MB of the $free MB free here. More: logs/"
     [[ $disk -lt $free ]] || fail "the disk is too small"
     if [[ ${#open[@]} -gt 0 ]]; then
         export runner=$$ prefix
-        export -f work
+        export -f work plain
         printf '%s\0' "${open[@]}" | xargs -0 -n 1 -P "$JOBS" bash -c 'work "$1"' work ||
             fail 'interrupted; the same command goes on'
     fi

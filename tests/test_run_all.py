@@ -216,6 +216,13 @@ def test_finished_jobs_are_not_looked_at_again_unless_files_of_them_are_lost(ben
     assert 'train.py --out ckpts/one' in commands(bench)
 
 
+def test_on_another_machine_finished_jobs_stay_finished(bench):
+    start(bench).communicate()
+    (bench / 'python3').rename(bench / 'python3.12')
+    out, _ = start(bench, PYTHON=str(bench / 'python3.12'), DATA_DIR='/elsewhere').communicate()
+    assert '3 of 4 jobs are finished' in out
+
+
 def test_when_all_is_done_the_exit_code_says_so(bench):
     start(bench).communicate()
     (bench / 'python3').write_text((bench / 'python3').read_text().replace('*bad*', '*none*'))
