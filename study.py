@@ -25,20 +25,43 @@ def read(folder):
     config, trace = record.config_of(folder), folder / 'trace.jsonl'
     with analysis.sound(f'a result in {folder}'):
         done = record.finished(folder)
-        last = record.period_files(folder, config)[-1]
-        digest = hashlib.sha256(last.read_bytes()).hexdigest() if done else None
+        digests = [hashlib.sha256(path.read_bytes()).hexdigest()
+                   for path in record.period_files(folder, config)] if done else [None]
+        digest = digests[-1]
         log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
         run = SimpleNamespace(
             name=folder.resolve().name, config=config, seed=config['seed'], eps=config['eps'],
             log=log if done else [], trace=record.load(trace) if done and trace.exists() else [],
             evaluations=[result for result in results(folder, 'evaluate') if (
-                result['eps'], result['dataset']) == (config['eps'], config['dataset'])],
+                result['eps'], result['dataset']) == (config['eps'], config['dataset'])
+                and sorted(result['digests']) == sorted(map(str, digests))],
             curves=[result for result in results(folder, 'connect') if 'barriers' in result
                     and (result['eps'], result['digest']) == (config['eps'], digest)],
             **{name: largest(folder, name, config['eps'], digest) for name in ANALYSES})
         run.constant = bool(done and log and log[-1].get('predicted_classes') == 1
                             or run.dead and run.dead['predicted_classes'] == 1)
+        look(run)
     return run
+
+
+def look(run):
+    """Raises some error where a result of the run is not of the shape that its script writes."""
+    numbers = [epoch['loss'] + epoch['seconds'] for epoch in run.log]
+    numbers += [step['grad_norm'] + step['distance'] + step['robust_error'] for step in run.trace]
+    for result in run.evaluations:
+        numbers += [column['error'] for column in result['columns'].values()]
+        numbers += [result['n'] / result['n_test'], result['seed']]
+    if run.hessian:
+        numbers += run.hessian['eigen']['values'] + [run.hessian['scale']['mean']]
+        numbers += [run.hessian['loss'], run.hessian['robust_error']]
+    if run.dead:
+        numbers += [layer['share'] + layer['all'] for layer in run.dead['layers'] if layer['layer']]
+    for result in filter(None, [run.similarity, run.surface, *run.curves]):
+        numbers += [point['robust_error'] for point in result['points']] + [result['n']]
+    numbers += [barrier for curve in run.curves for barrier in curve['barriers'].values()]
+    for result in filter(None, [*run.evaluations, *(getattr(run, name) for name in ANALYSES)]):
+        numbers += [0 * len(s['commit'] or '') for s in result['sessions'] if s['device']]
+    sum(numbers)
 
 
 def find(folders):

@@ -1,3 +1,4 @@
+import shutil
 import statistics
 
 import pytest
@@ -80,8 +81,10 @@ def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
                       [1] + [10 - 3 * (len(periods) > 1)] * 6, n_train=100, periods=periods)
             for periods in ([100], [50, 25, 25]) for seed in (0, 1)]
     for folder in tmp_path.glob('3*'):
+        result = record.load(folder / 'evaluate.json')
         for name in 'period2.pt', 'period3.pt':
-            record.save(folder / name, {})
+            shutil.copy(folder / 'period1.pt', folder / name)
+        record.save(folder / 'evaluate.json', result | {'digests': 3 * result['digests']})
     _, (_, rows) = checked(*runs).items()
     assert row(rows, 'ensemble').values == pytest.approx([3, 3])
 
@@ -118,7 +121,8 @@ def test_constant_classifiers_are_no_minima(tmp_path):
         folder = tmp_path / str(eps)
         analysed_run(folder, eps, 0, 10 ** (1 + 5 * eps), [1, 1, 1, 10 ** (10 * eps)])
         if eps == .2:
-            record.save(folder / 'log.jsonl', [{'predicted_classes': 1, 'seconds': 1}])
+            record.save(folder / 'log.jsonl', [
+                {'predicted_classes': 1, 'seconds': 1, 'loss': 2.3}])
     _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
     assert row(rows, 'sharper').n == '1 seed, eps 0 to 0.1, constant classifiers left out: 1'
     assert row(rows, 'at first').n == '1 seed, eps 0 to 0.2'

@@ -118,8 +118,9 @@ def paper_run(folder, seed, sched, errors, n=10000, **change):
     record.save(folder / 'period1.pt', {'seed': torch.tensor(float(seed))})
     record.save(folder / 'log.jsonl', [{'loss': 1., 'seconds': 60., 'predicted_classes': 10}] * 3)
     columns = dict(zip(('clean', *claims.ATTACKS, 'worst'), errors))
+    digests = [hashlib.sha256((folder / 'period1.pt').read_bytes()).hexdigest()]
     record.save(folder / 'evaluate.json', {
-        'eps': config['eps'], 'dataset': 'mnist', 'n': n, 'n_test': 10000, 'seed': 0,
+        'eps': config['eps'], 'dataset': 'mnist', 'digests': digests, 'n': n, 'n_test': 10000, 'seed': 0,
         'sessions': [session], 'columns': {
             key: {'error': error / 100, 'settings': {'n_iter': 100, 'step_size': .01}}
             for key, error in columns.items()}})
@@ -266,6 +267,24 @@ def test_what_has_not_converged_or_is_of_another_model_is_left_out(tmp_path):
     assert two[head.index('top eigenvalue')] == ''
     assert two[head.index('eigenvalue 2, magnitude')] == '1'
     assert one[head.index('top eigenvalue')] == '10' and one[head.index('dead conv1')] == ''
+
+
+def test_an_evaluation_of_an_earlier_training_is_left_out(tmp_path):
+    run = paper_run(tmp_path / 'run', 0, 'constant', [1, 8, 9, 10, 11, 12, 13])
+    record.save(tmp_path / 'run/period1.pt', {'trained': torch.tensor(2.)})
+    report.main([run, '--out', str(tmp_path / 'results')])
+    assert (tmp_path / 'results/table1.md').read_text().count('missing / ') == 90
+
+
+@pytest.mark.parametrize('name, change', [
+    ('evaluate.json', {'columns': {'clean': {}}}), ('evaluate.json', {'n_test': 0}),
+    ('evaluate.json', {'columns': []}), ('log.jsonl', [{'epoch': 1}]), ('log.jsonl', [7])])
+def test_a_damaged_result_is_a_clear_error(tmp_path, name, change):
+    run = paper_run(tmp_path / 'run', 0, 'constant', [1, 8, 9, 10, 11, 12, 13])
+    path = tmp_path / 'run' / name
+    record.save(path, change if isinstance(change, list) else record.load(path) | change)
+    with pytest.raises(ValueError, match='run is damaged or no result'):
+        report.main([run, '--out', str(tmp_path / 'results')])
 
 
 def test_a_damaged_analysis_is_a_clear_error(tmp_path):
