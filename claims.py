@@ -161,14 +161,18 @@ def of_budgets(group, _=None):
     """Section 4: what changes with a constant eps. A constant classifier has reached no minimum."""
     group = [run for run in group if run.config['eps_sched'] == 'constant']
 
-    def values(measure, runs):
-        by_seed, budgets = {}, {}
+    def values(measure, runs):  # by seed and eps, at the budgets that all seeds have, or most
+        found = {}
         for run in runs:
             if (value := measure(run)):
-                by_seed.setdefault(run.seed, []).append((run.eps, abs(value)))
-        by_seed = {seed: points for seed, points in by_seed.items() if len(points) > 1}
-        budgets = sorted({eps for points in by_seed.values() for eps, _ in points})
-        return by_seed, f'eps {budgets[0]:.3g} to {budgets[-1]:.3g}' if budgets else ''
+                found.setdefault(run.seed, {})[run.eps] = abs(value)
+        sets = sorted(map(set, found.values()), key=len)
+        budgets = sorted(set.intersection(*sets)) if sets else []
+        if len(budgets) < 2:
+            budgets = sorted(sets[-1]) if sets else []
+        points = [[(eps, at[eps]) for eps in budgets] for at in found.values()
+                  if set(budgets) <= set(at) and len(budgets) > 1]
+        return points, f'{len(budgets)} budgets to {budgets[-1]:.3g}' if points else ''
 
     trained = [run for run in group if not run.constant]
     stuck = f', constant classifiers left out: {len(group) - len(trained)}'
@@ -182,10 +186,10 @@ def of_budgets(group, _=None):
              'rise of the mean gradient norm, traced end', 'Figures 2d, 8'),
             ('a larger eps gives sharper minima', sharpness, trained, 1,
              'rise of the normalised top eigenvalue', 'Figure 3')):
-        by_seed, note = values(measure, runs)
+        points, note = values(measure, runs)
         yield row(claim, '', f'{measured}, decades from the smallest eps to the largest',
-                  [sign * slope(points) for points in by_seed.values()], figure,
-                  note + stuck * (runs is trained and bool(by_seed)))
+                  [sign * slope(found) for found in points], figure,
+                  note + stuck * (runs is trained and bool(points)))
     by_seed = {}
     for run in trained:
         if run.eps > 0 and run.similarity:
@@ -196,7 +200,8 @@ def of_budgets(group, _=None):
     curves = {}
     for run in group:
         for curve in run.curves:
-            curves.setdefault(run.eps, {})[run.seed] = curve['barriers'][curve['curve']]
+            key = run.seed, *(curve[name] for name in ('curve', 'n_control', 'epochs', 'n'))
+            curves.setdefault(run.eps, {})[key] = curve['barriers'][curve['curve']]
     largest = max(curves, default=0)
     pairs = set(curves.get(0, {})) & set(curves.get(largest, {})) if largest else ()
     yield row('adversarial minima are less connected', '', 'barrier of L_eps along the curve, '

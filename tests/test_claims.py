@@ -111,7 +111,7 @@ def test_what_grows_with_eps_is_fitted_in_decades(tmp_path):
     _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
     at_first, end = row(rows, 'at first'), row(rows, 'in the end')
     assert at_first.values == pytest.approx([4, 4]) and at_first.verdict == 'holds'
-    assert end.verdict == 'holds' and end.n == '2 seeds, eps 0 to 0.2'
+    assert end.verdict == 'holds' and end.n == '2 seeds, 3 budgets to 0.2'
     assert row(rows, 'sharper').values == pytest.approx([1, 1])
     assert row(rows, 'less similar').values == pytest.approx([.4, .4])
 
@@ -124,8 +124,17 @@ def test_constant_classifiers_are_no_minima(tmp_path):
             record.save(folder / 'log.jsonl', [
                 {'predicted_classes': 1, 'seconds': 1, 'loss': 2.3}])
     _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
-    assert row(rows, 'sharper').n == '1 seed, eps 0 to 0.1, constant classifiers left out: 1'
-    assert row(rows, 'at first').n == '1 seed, eps 0 to 0.2'
+    assert row(rows, 'sharper').n == '1 seed, 2 budgets to 0.1, constant classifiers left out: 1'
+    assert row(rows, 'at first').n == '1 seed, 3 budgets to 0.2'
+
+
+def test_seeds_are_compared_over_the_budgets_that_all_have(tmp_path):
+    for seed, budgets in enumerate([(0, .1, .2), (0, .1)]):
+        for eps in budgets:
+            analysed_run(tmp_path / f'{eps}{seed}', eps, seed, 10 ** (10 * eps), [1, 1, 1, 1])
+    _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
+    sharper = row(rows, 'sharper')
+    assert sharper.values == pytest.approx([1, 1]) and sharper.n == '2 seeds, 2 budgets to 0.1'
 
 
 def test_barriers_and_dead_layers_are_compared_at_the_largest_eps(tmp_path):
