@@ -233,7 +233,8 @@ def figure_5(group, path):
             values = [[100 * error for error in rates[lr].values()] for lr in lrs]
             mean, half = np.array([[np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0]
                                    for v in values]).T
-            line, = ax.plot(lrs, mean, marker=mark, label=kind)
+            below = {'lw': 4, 'ms': 9} if kind == 'constant eps' else {}  # others may cover it
+            line, = ax.plot(lrs, mean, marker=mark, label=kind, **below)
             ax.fill_between(lrs, mean - half, mean + half, alpha=.2, color=line.get_color(), lw=0)
         ax.set(xscale='log', xlabel=f'learning rate of {group[0].config["optimizer"]}',
                ylabel=f'robust test error, %, PGD, n = {most:,}', ylim=(0, 100))

@@ -137,18 +137,20 @@ def small_tables(pairs):
         by_size.setdefault(str((attacks, result['n'], result['seed'])), []).append((run, result))
     for group in by_size.values():
         results = {run.name: result for run, result in group}
-        for runs in study.alike([run for run, _ in group], 'periods', *study.SCHEDULE):
-            rows = {}
+        for runs in study.alike([run for run, _ in group], 'periods', 'lr', 'lr_warmup',
+                                *study.SCHEDULE):
+            rows, rates = {}, {run.config['lr'] for run in runs}
             for run in sorted(runs, key=lambda run: (
-                    len(run.config['periods']),
+                    run.config['lr'], len(run.config['periods']),
                     schedule.EPS_SCHEDS.index(run.config['eps_sched']), run.seed)):
-                rows.setdefault(label(run.config), []).append((run, results[run.name]))
+                rate = f', lr {run.config["lr"]:g}' * (len(rates) > 1)
+                rows.setdefault(label(run.config) + rate, []).append((run, results[run.name]))
             pairs = [pair for row in rows.values() for pair in row]
-            yield (head(*pairs[0]), {s for pair in pairs for s in made(*pair)}, rows)
+            yield (head(*pairs[0], len(rates)), {s for pair in pairs for s in made(*pair)}, rows)
 
 
-def head(run, result):
-    """What the runs of one table have in common, as a sentence."""
+def head(run, result, rates):
+    """What the runs of a table with so many learning rates have in common, as a sentence."""
     config = run.config
     n_train = config.get('n_train') or data.SPLITS[config['dataset']]['train'][0]
     attacks = ', '.join(f'{COLUMNS[key]} {describe(column["settings"])}'
@@ -156,9 +158,8 @@ def head(run, result):
                         if key not in ('clean', 'worst'))
     return (f'{figures.MODELS[config["model"]]} of width {config["width"]} on {n_train:,} images '
             f'of {config["dataset"]}, {config["epochs"]} epochs, batch {config["batch_size"]}, '
-            f'{config["optimizer"]} at lr {config["lr"]:g} ({config["lr_sched"]}'
-            + f', warm-up {config.get("lr_warmup"):g}' * bool(config.get('lr_warmup'))
-            + f'), eps {config["eps"]:.4g}, trained with PGD of {config["n_iter"]} steps of '
+            f'{config["optimizer"]}' + f' at lr {config["lr"]:g}' * (rates == 1)
+            + f' ({config["lr_sched"]}), eps {config["eps"]:.4g}, trained with PGD of {config["n_iter"]} steps of '
             f'{config["step_size"]:.4g}. Errors in percent on {result["n"]:,} of '
             f'{result["n_test"]:,} test images ({attacks}). An image wrong when clean counts as '
             f'not robust; worst case: by any of the attacks.')
@@ -179,6 +180,8 @@ def label(config):
     usual = data.paper(config['dataset'], config['eps'])['eps_max'].get(sched)
     if sched != 'constant' and (config['eps_min'], config['eps_max']) != (0, usual):
         text += f' {config["eps_min"]:.4g} to {config["eps_max"]:.4g}'
+    if config.get('lr_warmup'):
+        text += f', lr warm-up {config["lr_warmup"]:g}'
     if len(periods) > 1:
         text += f', {" + ".join(map(str, periods))} epochs, ensemble of {len(periods)}'
     return text
