@@ -12,6 +12,8 @@ import study
 
 RULE = 'holds if the whole interval is above 0, does not if none of it is, else not enough data'
 EACH = 'holds if each value is above 0, else does not'
+COUNT = ('of 3 seeds or more: holds if each value is above 0, does not if none is, else not enough '
+         'data')
 ATTACKS = 'pgd', 'pgd100', 'apgd100_ce', 'apgd100_dlr', 'square5k'
 TASKS = {('mnist', 'lenet'): 'MNIST LeNet', ('cifar10', 'vgg'): 'CIFAR10 VGG',
          ('cifar10', 'resnet18'): 'CIFAR10 ResNet18'}
@@ -29,23 +31,27 @@ def interval(values):
     return mean, mean - half, mean + half
 
 
-def verdict(values):
-    """By RULE."""
-    if not (found := interval(values)):
+def verdict(values, rule=RULE):
+    """What the rule says: RULE for numbers, COUNT for counts, of which no interval is known."""
+    if rule == COUNT and len(values) >= 3:
+        low, high = min(values), max(values)
+    elif rule == RULE and len(values) >= 2:
+        _, low, high = interval(values)
+    else:
         return 'not enough data'
-    _, low, high = found
     return 'holds' if low > 0 else 'does not' if high <= 0 else 'not enough data'
 
 
-def row(claim, where, measured, values=(), of_paper='', note='', unit='seed'):
+def row(claim, where, measured, values=(), of_paper='', note='', unit='seed', rule=RULE):
     """A row of claims.md; `values`, one a seed, are in the unit that `measured` says."""
     found = interval(values)
     ours = '' if not values else f'{values[0]:.3g}' if not found else (
-        '{:.3g} ({:.3g} to {:.3g})'.format(*found))
+        '{:.3g} ({:.3g} to {:.3g})'.format(*found) if rule == RULE else
+        ', '.join(f'{value:g}' for value in values))
     return SimpleNamespace(
         claim=claim, where=where, measured=measured, ours=ours, of_paper=of_paper, values=values,
         n=f'{len(values)} {unit}{"s" * (len(values) != 1)}' + f', {note}' * bool(note),
-        verdict=verdict(values), rule=RULE)
+        verdict=verdict(values, rule), rule=rule)
 
 
 def exact(claim, measured, values, of_paper):
@@ -64,7 +70,7 @@ def of_table(group, paper):
     paper: (periodic, schedule, column) -> the paper's mean and deviation, in percent.
     """
     errors = {}
-    for run in group:
+    for run in study.usual(group):
         columns = study.evaluation(run, 'clean', *ATTACKS)['columns']
         key = len(run.config['periods']) > 1, run.config['eps_sched']
         errors.setdefault(key, {})[run.seed] = {
@@ -100,14 +106,14 @@ def of_rates(group, _=None, usable=.5):
     """Figure 5 and C.2.3: the learning rates at which training works, by schedule."""
     found, _ = figures.by_rate(group)
 
-    def paired(first, second, quantity):  # of the seeds that have most learning rates in common
-        by_seed = {}
-        for lr in sorted(set(found.get(first, {})) & set(found.get(second, {}))):
-            a, b = found[first][lr], found[second][lr]
-            for seed in sorted(set(a) & set(b)):
-                by_seed.setdefault(seed, []).append(quantity(a[seed], b[seed]))
-        n = max(map(len, by_seed.values()), default=0)
-        return [values for values in by_seed.values() if len(values) == n], n
+    def paired(first, second, quantity):  # by seed, at the learning rates that all seeds have
+        a, b = found.get(first, {}), found.get(second, {})
+        at = {}
+        for lr in sorted(set(a) & set(b)):
+            for seed in sorted(set(a[lr]) & set(b[lr])):
+                at.setdefault(seed, {})[lr] = quantity(a[lr][seed], b[lr][seed])
+        at, rates = shared(at)
+        return [list(values.values()) for values in at], len(rates)
 
     for sched in 'linear', 'cosine':
         values, n = paired(f'{sched} eps', 'constant eps',
@@ -115,13 +121,27 @@ def of_rates(group, _=None, usable=.5):
         yield row('a warm-up of eps widens the range of usable learning rates', f'{sched} eps',
                   f'more learning rates with a PGD error below {usable:.0%} than constant eps',
                   list(map(sum, values)) if n > 1 else [], 'Figure 5',
-                  f'{n} rates' if n > 1 else '')
+                  f'{n} rates' if n > 1 else '', rule=COUNT)
     for sched in 'linear', 'cosine':
         values, n = paired('lr warm-up', f'{sched} eps', lambda a, b: 100 * (a - b))
         yield row('a warm-up of the learning rate does not replace that of eps', f'{sched} eps',
                   f'lr warm-up with constant eps - {sched} eps, points of PGD error, mean over '
                   'learning rates', list(map(statistics.mean, values)), 'C.2.3',
                   f'{n} rates' if n else '')
+
+
+def shared(by_seed, least=1):
+    """[{key: value} of each seed] at the keys that all seeds have, and these keys.
+
+    Where they are fewer than `least`, at the keys of the seed that has most, for those that have
+    them, too.
+    """
+    sets = sorted(map(set, by_seed.values()), key=len)
+    keys = sorted(set.intersection(*sets)) if sets else []
+    if len(keys) < least:
+        keys = sorted(sets[-1]) if sets and len(sets[-1]) >= least else []
+    return [{key: at[key] for key in keys} for at in by_seed.values()
+            if keys and set(keys) <= set(at)], keys
 
 
 def slope(points):
@@ -150,70 +170,85 @@ def sharpness(run):
 
 
 def apart(run):
-    """Cosine along a random direction less that along the top eigenvector, for each a > 0."""
+    """a -> cosine along a random direction less that along the top eigenvector, for a > 0."""
     cosine = {(point['direction'], point['a']): point['cosine'] for point in
               run.similarity['points'] if point['a'] > 0 and point['cosine'] is not None}
-    return [cosine['random', a] - cosine['eigenvector', a] for direction, a in cosine
-            if direction == 'random' and ('eigenvector', a) in cosine]
+    return {a: cosine['random', a] - cosine['eigenvector', a] for direction, a in cosine
+            if direction == 'random' and ('eigenvector', a) in cosine}
+
+
+def largest(runs, size):
+    """Those of the runs of the largest size, so that no two sizes are mixed; and that size."""
+    sizes = [size(run) or 0 for run in runs]
+    return [run for run, n in zip(runs, sizes) if n and n == max(sizes)], max(sizes, default=0)
 
 
 def of_budgets(group, _=None):
     """Section 4: what changes with a constant eps. A constant classifier has reached no minimum."""
-    group = [run for run in group if run.config['eps_sched'] == 'constant']
-
-    def values(measure, runs):  # by seed and eps, at the budgets that all seeds have, or most
-        found = {}
-        for run in runs:
-            if (value := measure(run)):
-                found.setdefault(run.seed, {})[run.eps] = abs(value)
-        sets = sorted(map(set, found.values()), key=len)
-        budgets = sorted(set.intersection(*sets)) if sets else []
-        if len(budgets) < 2:
-            budgets = sorted(sets[-1]) if sets else []
-        points = [[(eps, at[eps]) for eps in budgets] for at in found.values()
-                  if set(budgets) <= set(at) and len(budgets) > 1]
-        return points, f'{len(budgets)} budgets to {budgets[-1]:.3g}' if points else ''
-
+    if group and group[-1].config['eps_sched'] != 'constant':
+        return
     trained = [run for run in group if not run.constant]
     stuck = f', constant classifiers left out: {len(group) - len(trained)}'
     stuck *= len(group) > len(trained)
-    for claim, measure, runs, sign, measured, figure in (
-            ('a larger eps gives smaller gradients at first',
-             lambda run: run.trace and gradient(run, False), group, -1,
+    updates, images = (lambda run: run.trace and traced(run)), (
+        lambda run: run.hessian and run.hessian['n'])
+    for claim, measure, runs, (size, unit), sign, measured, figure in (
+            ('a larger eps gives smaller gradients at first', lambda run: gradient(run, False),
+             group, (updates, 'updates'), -1,
              'fall of the mean gradient norm, first tenth of the traced start', 'Figures 2a, 8'),
-            ('a larger eps gives larger gradients in the end',
-             lambda run: run.trace and gradient(run, True), trained, 1,
-             'rise of the mean gradient norm, traced end', 'Figures 2d, 8'),
-            ('a larger eps gives sharper minima', sharpness, trained, 1,
+            ('a larger eps gives larger gradients in the end', lambda run: gradient(run, True),
+             trained, (updates, 'updates'), 1, 'rise of the mean gradient norm, traced end',
+             'Figures 2d, 8'),
+            ('a larger eps gives sharper minima', sharpness, trained, (images, 'images'), 1,
              'rise of the normalised top eigenvalue', 'Figure 3')):
-        points, note = values(measure, runs)
+        left_out = stuck * (runs is trained)
+        runs, n = largest(runs, size)
+        at = {}
+        for run in runs:
+            if (measure(run) or 0) > 0:
+                at.setdefault(run.seed, {})[run.eps] = measure(run)
+        points, budgets = shared(at, least=2)
+        note = f'{len(budgets)} budgets to {max(budgets):.3g}, {n} {unit}' if points else ''
         yield row(claim, '', f'{measured}, decades from the smallest eps to the largest',
-                  [sign * slope(found) for found in points], figure,
-                  note + stuck * (runs is trained and bool(points)))
-    by_seed = {}
-    for run in trained:
-        if run.eps > 0 and run.similarity:
-            by_seed.setdefault(run.seed, []).extend(apart(run))
+                  [sign * slope(found.items()) for found in points], figure,
+                  note + left_out * bool(points))
+    runs, n = largest([run for run in trained if run.eps > 0],
+                      lambda run: run.similarity and run.similarity['n'])
+    at = {}
+    for run in runs:
+        at.setdefault(run.seed, {}).update(
+            {(run.eps, a): value for a, value in apart(run).items()})
+    points, keys = shared(at)
     yield row('perturbations are less similar along the top eigenvector', '',
               'cosine, random direction - top eigenvector, mean over a > 0 and eps',
-              [statistics.mean(found) for found in by_seed.values() if found], 'Figure 4')
-    curves = {}
-    for run in group:
-        for curve in run.curves:
-            key = run.seed, *(curve[name] for name in ('curve', 'n_control', 'epochs', 'n'))
-            curves.setdefault(run.eps, {})[key] = curve['barriers'][curve['curve']]
-    largest = max(curves, default=0)
-    pairs = set(curves.get(0, {})) & set(curves.get(largest, {})) if largest else ()
+              [statistics.mean(found.values()) for found in points], 'Figure 4',
+              f'{len({eps for eps, _ in keys})} budgets, {n} images' if points else '')
+    curves, ends = {}, {run.digest for run in trained}
+    for run in trained:
+        for curve, other in run.curves:
+            if other.digest in ends and other.eps == run.eps:
+                key = *sorted((run.seed, other.seed)), *(curve.get(name) for name in CURVE)
+                curves.setdefault(run.eps, {})[key] = curve['barriers'][curve['curve']]
+    eps = max(curves, default=0)
+    pairs, ends = [], set()
+    for key in sorted(set(curves.get(0, {})) & set(curves[eps] if eps else ()), key=str):
+        if not ends & set(key[:2]):  # pairs with a run in common are not independent
+            pairs.append(key)
+            ends |= set(key[:2])
     yield row('adversarial minima are less connected', '', 'barrier of L_eps along the curve, '
-              f'eps {largest:.3g} - eps 0', [curves[largest][pair] - curves[0][pair]
-                                             for pair in sorted(pairs)], 'C.2.5', unit='pair')
+              f'{f"eps {eps:.3g}" if eps else "largest eps"} - eps 0',
+              [curves[eps][key] - curves[0][key] for key in pairs], 'C.2.5', unit='pair')
+
+
+CURVE = 'curve', 'n_control', 'epochs', 'lr', 'train_batch_size', 'n', 'seed'
 
 
 def of_widths(group, _=None):
     """C.2.4: narrow models get dead layers under a constant large eps."""
     group = [run for run in group if run.config['eps_sched'] == 'constant']
+    group, n = largest(group, lambda run: run.dead and run.dead['n'])
     dead = {(run.config['width'], run.eps, run.seed): float(any(
-        layer['all'] for layer in run.dead['layers'])) for run in group if run.dead}
+        layer['all'] for layer in run.dead['layers'])) for run in group}
     budgets = [eps for eps in {eps for _, eps, _ in dead} if eps > 0 and len(
         {width for width, other, _ in dead if other == eps}) > 1]
     eps = max(budgets, default=0)
@@ -221,9 +256,10 @@ def of_widths(group, _=None):
     values = [dead[widths[0], eps, seed] - dead[widths[-1], eps, seed]
               for seed in sorted({seed for *_, seed in dead}) if widths and all(
                   (width, eps, seed) in dead for width in (widths[0], widths[-1]))]
-    yield row('narrow models get dead layers', '', 'share of seeds with a layer all dead, '
+    yield row('narrow models get dead layers', '', 'a layer all dead (1 or 0), '
               + (f'width {widths[0]} - width {widths[-1]}, eps {eps:.3g}' if values
-                 else 'narrowest - widest'), values, 'C.2.4')
+                 else 'narrowest - widest'), values, 'C.2.4', f'{n} images' if values else '',
+              rule=COUNT)
 
 
 def of_theory(theory):
@@ -255,8 +291,9 @@ def grouped(compare, runs, own):
             by_share.setdefault(1, []).append(run)
         elif (result := study.evaluation(run, *columns)):
             by_share.setdefault(result['n'] / result['n_test'], []).append(run)
+    diverged = [run for run in runs if run.diverged and compare is of_rates]
     return [(share, group) for share, found in sorted(by_share.items())
-            for group in study.alike(found, *own)]
+            for group in study.alike(found + diverged, *own)]
 
 
 def check(runs, theory, paper):
@@ -265,18 +302,25 @@ def check(runs, theory, paper):
     theory: the result of `landscape.py theory` or {}; paper: (dataset, model) -> what `of_table`
     takes. A row of the paper's size is there even if nothing is measured.
     """
-    whole, small = [], {}
+    whole, small, seen = [], {}, set()
     for compare, own, tasks in STUDIES:
         found = {task: [] for task in tasks}
         for share, group in grouped(compare, runs, own):
             config = group[-1].config
             task = config['dataset'], config['model']
-            rows = [row for row in compare(group, paper.get(task, {})) if row.values]
-            if task in tasks and share == 1 and not any(
-                    study.departures(run.config) - {*own} for run in group):
+            free = {*own} & {'eps', 'lr', 'lr_warmup', 'width'}
+            full = task in tasks and share == 1 and not any(
+                study.departures(run.config) - free for run in study.usual(group))
+            rows = [row for row in compare(study.whole(group) if full else group,
+                                           paper.get(task, {})) if row.values]
+            if full:
                 found[task] += rows
             elif rows:
-                small.setdefault(figures.title(group).replace('\n', ', '), []).extend(rows)
+                title = figures.title(group).replace('\n', ', ') + f', batch {config["batch_size"]}'
+                while (compare, title) in seen:
+                    title += ', in other settings'
+                seen.add((compare, title))
+                small.setdefault(title, []).extend(rows)
         for task, rows in found.items():
             known = {(row.claim, row.where) for row in rows}
             rows += [row for row in compare([], paper.get(task, {})) if row.of_paper and

@@ -180,16 +180,16 @@ def figure_11(group, path):
 
 def figure_12(group, path):
     """L_eps in the plane of the top two eigenvectors, of the first seed at each eps."""
-    found = {eps: runs[0].surface for (eps, _), runs in by_eps(group, 'surface').items()}
+    first = {eps: runs[0] for (eps, _), runs in by_eps(group, 'surface').items()}
     grids = {}
-    for eps, surface in found.items():
+    for eps, surface in ((eps, run.surface) for eps, run in first.items()):
         a, b = (sorted({point[axis] for point in surface['points']}) for axis in 'ab')
         points = {(point['a'], point['b']): point['loss'] for point in surface['points']}
         if len(points) == len(a) * len(b) and min(len(a), len(b)) > 1:
             grids[eps] = a, b, np.array([[points[x, y] for y in b] for x in a])
     if len(grids) < 2:
         return False
-    with analysis.figure(path, len(grids), title(group)) as axes:
+    with analysis.figure(path, len(grids), title(list(first.values()))) as axes:
         figure = axes[0].figure
         for i, (eps, (a, b, loss)) in enumerate(grids.items()):
             axes[i].remove()
@@ -210,14 +210,17 @@ def errors(run):
 def by_rate(group):
     """Schedule -> learning rate -> seed -> PGD error, of the runs measured on most images.
 
-    Where the learning rate is warmed up and eps is constant, the schedule is called lr warm-up.
+    Where the learning rate is warmed up and eps is constant, the schedule is called lr warm-up. A
+    run whose loss became infinite errs always.
     """
     most = max((errors(run)[1] for run in group), default=0)
     found = {}
-    for run in group:
-        error, n = errors(run)
+    for run in study.usual(group):
+        error, n = (1., most) if run.diverged else errors(run)
+        kind = run.config['eps_sched'] + ' eps'
+        if run.config.get('lr_warmup'):
+            kind = 'lr warm-up' if kind == 'constant eps' else kind + ', lr warm-up'
         if n == most > 0:
-            kind = 'lr warm-up' if run.config.get('lr_warmup') else run.config['eps_sched'] + ' eps'
             found.setdefault(kind, {}).setdefault(run.config['lr'], {})[run.seed] = error
     return found, most
 
@@ -276,9 +279,14 @@ def figure_c24(group, path):
 
 def figure_c25(group, path):
     """L_eps along the straight line (dashed) and the trained curve between two runs."""
-    found = [(run, curve) for run in group for curve in run.curves]
+    found, ends = {}, {run.digest for run in group}
+    for run in group:
+        for curve, other in sorted(run.curves, key=lambda pair: pair[0]['n']):  # most images last
+            if other.digest in ends and other.eps == run.eps:
+                found[run.seed, other.seed, run.eps] = run, curve
     if not found:
         return False
+    found = list(found.values())
     with analysis.figure(path, 2, title([run for run, _ in found])) as axes:
         budgets = sorted({run.eps for run, _ in found})
         for ax, key, label in zip(axes, ('loss', 'robust_error'), (
@@ -290,11 +298,12 @@ def figure_c25(group, path):
                     for _, curve in (pair for pair in found if pair[0].eps == eps):
                         points = [point for point in curve['points']
                                   if point['path'] == (kind or curve['curve'])]
-                        paths.setdefault(tuple(point['t'] for point in points), []).append(
+                        t = tuple(point['t'] for point in points)
+                        paths.setdefault((kind or curve['curve'], t), []).append(
                             [point[key] for point in points])
-                    for t, curves in paths.items():
-                        band(ax, t, curves, f'eps {budget(eps, group[0].config["dataset"])}, '
-                             + (kind or 'curve'), ls=style, color=color)
+                    for (name, t), curves in paths.items():
+                        of = f'eps {budget(eps, group[0].config["dataset"])}, {name}'
+                        band(ax, t, curves, of, ls=style, color=color)
             ax.set(xlabel='$t$ along the path', ylabel=label + ' on training images',
                    ylim=(0, None))
         axes[0].legend(fontsize=8)

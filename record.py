@@ -118,8 +118,8 @@ def lock(folder, wait=False):
             return
 
 
-LEFTOVER = (r'\.(config|log|trace|last|period\d+|(evaluate|hessian|similarity|surface|connect|dead'
-            r'|theory).*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp')
+LEFTOVER = (r'\.(config|log|trace|diverged|last|period\d+|(evaluate|hessian|similarity|surface'
+            r'|connect|dead|theory).*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp')
 
 
 def start(folder, config, device):

@@ -99,14 +99,12 @@ def full_table(pairs):
                 run.config['dataset'], run.config['model'], len(run.config['periods']) > 1,
                 run.config['eps_sched']) == (dataset, model, periodic, sched)]
             shown = []
-            for column in COLUMNS:
-                values = [result['columns'][column]['error'] for _, result in row
-                          if column in result['columns']]
+            for column, values in columns(row).items():
                 shown.append(beside(values, *cells[periodic, sched, column])
                              if (periodic, sched, column) in cells
                              else notation(values) if values else 'missing')
             text += (f'| {claims.TASKS[dataset, model]} | {"yes" if periodic else "no"} | {sched} '
-                     '| ' + ' | '.join(shown) + f' | {len(row)} | {minutes(row)} |\n')
+                     '| ' + ' | '.join(shown) + f' | {counted(row)} | {minutes(row)} |\n')
     return text + signed(sessions)
 
 
@@ -136,7 +134,7 @@ def small_tables(pairs):
                    if key != 'worst'}
         by_size.setdefault(str((attacks, result['n'], result['seed'])), []).append((run, result))
     for group in by_size.values():
-        results = {run.name: result for run, result in group}
+        results = {id(run): result for run, result in group}
         for runs in study.alike([run for run, _ in group], 'periods', 'lr', 'lr_warmup',
                                 *study.SCHEDULE):
             rows, rates = {}, {run.config['lr'] for run in runs}
@@ -144,7 +142,7 @@ def small_tables(pairs):
                     run.config['lr'], len(run.config['periods']),
                     schedule.EPS_SCHEDS.index(run.config['eps_sched']), run.seed)):
                 rate = f', lr {run.config["lr"]:g}' * (len(rates) > 1)
-                rows.setdefault(label(run.config) + rate, []).append((run, results[run.name]))
+                rows.setdefault(label(run.config) + rate, []).append((run, results[id(run)]))
             pairs = [pair for row in rows.values() for pair in row]
             yield (head(*pairs[0], len(rates)), {s for pair in pairs for s in made(*pair)}, rows)
 
@@ -159,7 +157,9 @@ def head(run, result, rates):
     return (f'{figures.MODELS[config["model"]]} of width {config["width"]} on {n_train:,} images '
             f'of {config["dataset"]}, {config["epochs"]} epochs, batch {config["batch_size"]}, '
             f'{config["optimizer"]}' + f' at lr {config["lr"]:g}' * (rates == 1)
-            + f' ({config["lr_sched"]}), eps {config["eps"]:.4g}, trained with PGD of {config["n_iter"]} steps of '
+            + f' ({config["lr_sched"]})'
+            + f', {config.get("precision")}' * (config.get('precision', 'fp32') != 'fp32')
+            + f', eps {config["eps"]:.4g}, trained with PGD of {config["n_iter"]} steps of '
             f'{config["step_size"]:.4g}. Errors in percent on {result["n"]:,} of '
             f'{result["n_test"]:,} test images ({attacks}). An image wrong when clean counts as '
             f'not robust; worst case: by any of the attacks.')
@@ -191,7 +191,7 @@ def table_1(runs):
     """The texts of table1.md, what there is of the paper's size first, and of table1.csv."""
     pairs, table = evaluated(runs), io.StringIO()
     whole = [pair for pair in pairs if at_full_size(*pair)]
-    rows = [['dataset', 'model', 'width', 'eps', 'epochs', 'n', 'schedule', 'runs', *COLUMNS,
+    rows = [[*SETTINGS, 'n', 'schedule', 'runs', *COLUMNS,
              *(f'{column}_deviation' for column in COLUMNS), 'train_minutes', 'notes']]
     small = ''
     for title, sessions, labelled in small_tables([p for p in pairs if not at_full_size(*p)]):
@@ -214,20 +214,36 @@ def table_1(runs):
         rows += [numbers(kind[-1], row) for kind, row in by_kind.items()]
     csv.writer(table, lineterminator='\n').writerows(rows)
     parts = ["## Table 1 at the paper's size\n\n" + full_table(whole),
-             small and '## Smaller runs\n\n' + small]
+             small and '## Other sizes and settings\n\n' + small]
     return '# Table 1\n\n' + ''.join(parts if whole or not small else parts[::-1]), table.getvalue()
 
 
 def columns(row):
-    """Errors of the runs of a row, fractions, by column."""
-    return {key: [result['columns'][key]['error'] for _, result in row
-                  if key in result['columns']] for key in COLUMNS}
+    """Errors of the runs of a row, fractions, by column; the worst of some attacks is no worst."""
+    full = any(complete(result) for _, result in row)
+    return {key: [result['columns'][key]['error'] for _, result in row if key in result['columns']
+                  and (key != 'worst' or complete(result) == full)] for key in COLUMNS}
+
+
+def complete(result):
+    """Whether a result has all attacks."""
+    return set(claims.ATTACKS) <= set(result['columns'])
+
+
+def counted(row):
+    """How many runs a row has."""
+    n = sum(complete(result) for _, result in row)
+    return f'{len(row)}' + f', {n} with all attacks' * (n < len(row))
 
 
 def note(row):
     """What else is to be said of the runs of a row."""
     collapsed = sum(run.constant for run, _ in row)
     return f'{collapsed} of {len(row)} ended as a constant classifier' * bool(collapsed)
+
+
+SETTINGS = ('dataset', 'n_train', 'model', 'width', 'eps', 'epochs', 'batch_size', 'optimizer',
+            'lr', 'lr_sched', 'lr_warmup', 'clock', 'step_size', 'n_iter', 'precision')
 
 
 def numbers(name, row):
@@ -237,17 +253,18 @@ def numbers(name, row):
              errors.values()]
     deviations = [round(100 * statistics.stdev(values), 4) if len(values) > 1 else ''
                   for values in errors.values()]
-    return [config['dataset'], config['model'], config['width'], config['eps'], config['epochs'],
-            row[0][1]['n'], name, len(row), *means, *deviations, minutes(row), note(row)]
+    return [*(config.get(key) for key in SETTINGS), row[0][1]['n'], name, len(row), *means,
+            *deviations, minutes(row), note(row)]
 
 
 def spread(values, digits=3):
-    """Mean and deviation over seeds of what is there: 1.23 +- 0.04."""
-    values = [value for value in values if value not in (None, [])]
+    """Mean and deviation of what is there: 1.23 ± 0.04; of how many seeds, if not of all."""
+    n, values = len(values), [value for value in values if value not in (None, [])]
     if not values:
         return ''
     deviation = f' ± {statistics.stdev(values):.2g}' if len(values) > 1 else ''
-    return f'{statistics.mean(values):.{digits}g}{deviation}'
+    return f'{statistics.mean(values):.{digits}g}{deviation}' + f' ({len(values)})' * (
+        len(values) < n)
 
 
 def measured(run, a):
@@ -279,7 +296,8 @@ def landscape(runs, a):
             getattr(run, name) for name in study.ANALYSES)], 'eps'):
         sizes = {name: sorted({getattr(run, name)['n'] for run in group if getattr(run, name)})
                  for name in study.ANALYSES}
-        config, traced = group[-1].config, max(run.config.get('trace') or 0 for run in group)
+        config = group[-1].config
+        traced = ' or '.join(map(str, sorted({claims.traced(run) for run in group if run.trace})))
         text += (figures.title(group).replace('\n', ', ') + f', batch {config["batch_size"]}, PGD '
                  f'of {config["n_iter"]} steps of {config["step_size"]:.4g} at eps '
                  f'{config["eps"]:.4g}. Of the training images, '
@@ -310,7 +328,7 @@ def landscape(runs, a):
 def connections(runs):
     """The table of C.2.5: how high the loss rises between two runs; '' without such a study."""
     text = ''
-    for run, curve in ((run, curve) for run in runs for curve in run.curves):
+    for run, curve in ((run, curve) for run in runs for curve, _ in run.curves):
         with analysis.sound(f'a curve of {run.name}'):
             cells = [f'{run.eps:.4g}', run.name, curve['n'],
                      f'{curve["curve"]}, {curve["n_control"]} points, {curve["epochs"]} epochs']

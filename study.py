@@ -1,5 +1,6 @@
 """What has been measured: runs with their results, and which of them may be put side by side."""
 import hashlib
+import math
 import os
 import pathlib
 from types import SimpleNamespace
@@ -18,8 +19,9 @@ def read(folder):
     """The run in `folder`: its config, and None or [] for what it does not have.
 
     trace and log are lists of rows, evaluations and curves lists of results of evaluate.py and
-    `landscape.py connect`, the others, by the name of the analysis, the result of most images of
-    the run's last model at its own eps; constant says whether it ended as a constant classifier.
+    `landscape.py connect` (`find` adds the runs at the other end), the others, by the name of the
+    analysis, the result of most images of the run's last model at its own eps; constant says
+    whether it ended as a constant classifier, diverged whether its loss became infinite.
     """
     folder = pathlib.Path(folder)
     config, trace = record.config_of(folder), folder / 'trace.jsonl'
@@ -31,6 +33,7 @@ def read(folder):
         log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
         run = SimpleNamespace(
             name=folder.resolve().name, config=config, seed=config['seed'], eps=config['eps'],
+            digest=digest, diverged=not done and (folder / 'diverged.json').exists(),
             log=log if done else [], trace=record.load(trace) if done and trace.exists() else [],
             evaluations=[result for result in results(folder, 'evaluate') if (
                 result['eps'], result['dataset']) == (config['eps'], config['dataset'])
@@ -58,7 +61,8 @@ def look(run):
         numbers += [layer['share'] + layer['all'] for layer in run.dead['layers'] if layer['layer']]
     for result in filter(None, [run.similarity, run.surface, *run.curves]):
         numbers += [point['robust_error'] for point in result['points']] + [result['n']]
-    numbers += [barrier for curve in run.curves for barrier in curve['barriers'].values()]
+    numbers += [barrier + len(curve['other']) for curve in run.curves
+                for barrier in curve['barriers'].values()]
     for result in filter(None, [*run.evaluations, *(getattr(run, name) for name in ANALYSES)]):
         numbers += [0 * len(s['commit'] or '') for s in result['sessions'] if s['device']]
     sum(numbers)
@@ -68,7 +72,12 @@ def find(folders):
     """The runs in these folders, each once, and in `default` (ckpts) if none is named."""
     if not folders:
         folders = [path.parent for path in sorted(pathlib.Path('ckpts').glob('*/config.json'))]
-    return [read(folder) for folder in dict.fromkeys(map(os.path.realpath, folders))]
+    runs = [read(folder) for folder in dict.fromkeys(map(os.path.realpath, folders))]
+    by_digest = {run.digest: run for run in runs if run.digest}
+    for run in runs:
+        run.curves = [(curve, by_digest[curve['other']]) for curve in run.curves
+                      if curve['other'] in by_digest]
+    return runs
 
 
 def results(folder, name):
@@ -99,12 +108,12 @@ def alike(runs, *own):
     """Groups of runs that differ in nothing but the settings `own` and the seed.
 
     With eps may change what the paper ties to it, the steps of PGD and the end of the schedule; a
-    run of eps 0 attacks nothing, so it belongs to every group that it fits otherwise. ValueError
-    where two runs of a group differ in nothing at all.
+    run of eps 0 attacks nothing and has no schedule, so it belongs to every group that it fits
+    otherwise. ValueError where two runs of a group differ in nothing at all.
     """
     groups, clean = {}, []
     for run in runs:
-        free = {*own, *WATCHED} | ({'n_iter', 'step_size', 'eps_max'} if 'eps' in own else set())
+        free = {*own, *WATCHED} | ({'n_iter', 'step_size', *SCHEDULE} if 'eps' in own else set())
         base = str(sorted((name, value) for name, value in run.config.items() if name not in free))
         if 'eps' not in own:
             groups.setdefault((base, None), []).append(run)
@@ -113,8 +122,8 @@ def alike(runs, *own):
         else:
             clean.append((base, run))
     for base, run in clean:
-        fitting = [key for key in groups if key[0] == base] or [(base, None)]
-        for key in fitting:
+        fitting = [key for key in groups if key[0] == base and key[1]]
+        for key in fitting or [(base, '')]:
             groups.setdefault(key, []).append(run)
     for group in groups.values():
         seen = {}
@@ -129,12 +138,13 @@ def alike(runs, *own):
 
 
 def tied(config):
-    """What the paper ties to eps, in a form that does not depend on it."""
+    """Schedule and steps of a run in a form that does not depend on eps, to which they are tied."""
     usual, eps = data.paper(config['dataset'], config['eps']), config['eps']
     steps = config['n_iter'], round(config['step_size'] / eps, 6)
     if (config['n_iter'], config['step_size']) == (usual['n_iter'], usual['step_size']):
         steps = 'the paper'
-    return str((steps, round(config['eps_max'] / eps, 6)))
+    ends = [round(config.get(name, 0) / eps, 6) for name in ('eps_min', 'eps_max')]
+    return str((steps, config['eps_sched'], ends if config['eps_sched'] != 'constant' else None))
 
 
 def departures(config):
@@ -144,11 +154,38 @@ def departures(config):
     usual |= {'dataset': 'mnist' if dataset == 'mnist5k' else dataset,
               'model': 'vgg' if dataset == 'cifar10' and model == 'vgg' else usual['model'],
               'eps': data.paper(dataset)['eps'], 'width': 16 if model == 'lenet' else 8,
-              'eps_min': 0, 'eps_max': usual['eps_max'].get(config['eps_sched'], eps),
-              'start': 'step', 'lr_warmup': 0, 'clock': 'epoch', 'n_train': None}
-    del usual['pgd100_step_size']
-    names = {name for name, value in usual.items() if config.get(name, value) != value}
-    if config['periods'] not in ([config['epochs']], schedule.thirds(max(4, config['epochs']))) or (
-            dataset == 'mnist' and len(config['periods']) > 1):
+              'eps_min': 0, 'eps_max': usual['eps_max'].get(config['eps_sched']), 'start': 'step',
+              'lr_warmup': 0, 'clock': 'epoch', 'n_train': None, 'precision': 'fp32'}
+    unread = {'pgd100_step_size'} | ({'eps_min', 'eps_max'} if config['eps_sched'] == 'constant'
+                                     else set())
+    names = {name for name, value in usual.items()
+             if name not in unread and not equal(config.get(name, value), value)}
+    if config['periods'] not in ([config['epochs']], schedule.thirds(max(4, config['epochs']))):
         names.add('periods')
+    if dataset == 'mnist' and len(config['periods']) > 1:
+        names.add('periodic')
     return names
+
+
+def usual(runs):
+    """Those of the runs whose eps follows its schedule, and their periods, as in the paper."""
+    return [run for run in runs
+            if not departures(run.config) & {'eps_min', 'eps_max', 'periods'}]
+
+
+def whole(runs):
+    """The runs without Hessians of a part of the training images, and without similarities of fewer
+    than 10,000, which are not of the paper's size."""
+    def kept(result, least):
+        return result if result and result['n'] >= least else None
+
+    return [SimpleNamespace(**vars(run) | {
+        'hessian': kept(run.hessian, data.SPLITS[run.config['dataset']]['train'][0]),
+        'similarity': kept(run.similarity, 10000)}) for run in runs]
+
+
+def equal(one, other):
+    """Whether two settings are the same, numbers up to rounding."""
+    if isinstance(one, float) or isinstance(other, float):
+        return None not in (one, other) and math.isclose(one, other)
+    return one == other

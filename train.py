@@ -141,6 +141,7 @@ def main(argv=None):
                     with models.tf32(False):
                         row |= test(model, x_test, y_test, index, c)
                 except attack.NotFiniteError as error:
+                    record.save(folder / 'diverged.json', {'epoch': epoch + 1})
                     raise ValueError(
                         f'{folder}, epoch {epoch + 1}: {error}. The {epoch} epochs before are '
                         f'kept. Try a smaller --lr than {c.lr:g} or a warm-up, with a new --out'

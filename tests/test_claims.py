@@ -97,7 +97,8 @@ def test_usable_learning_rates_are_counted_for_each_seed(tmp_path):
             for (sched, seed), errors in pgd.items() for lr, error in zip((1e-4, 1e-3, 1e-2), errors)]
     rows = checked(*runs)["At the paper's size"]
     wider = row(rows, 'widens', 'linear')
-    assert wider.values == [2, 2] and wider.n == '2 seeds, 3 rates' and wider.verdict == 'holds'
+    assert wider.values == [2, 2] and wider.n == '2 seeds, 3 rates' and wider.ours == '2, 2'
+    assert wider.verdict == 'not enough data' and '3 seeds or more' in wider.rule
     replaced = row(rows, 'does not replace', 'linear')
     assert replaced.values == pytest.approx([(50 + 20 + 70) / 3, (50 + 80 + 0) / 3])
     assert row(rows, 'widens', 'cosine').verdict == 'not enough data'
@@ -111,7 +112,7 @@ def test_what_grows_with_eps_is_fitted_in_decades(tmp_path):
     _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
     at_first, end = row(rows, 'at first'), row(rows, 'in the end')
     assert at_first.values == pytest.approx([4, 4]) and at_first.verdict == 'holds'
-    assert end.verdict == 'holds' and end.n == '2 seeds, 3 budgets to 0.2'
+    assert end.verdict == 'holds' and end.n == '2 seeds, 3 budgets to 0.2, 2 updates'
     assert row(rows, 'sharper').values == pytest.approx([1, 1])
     assert row(rows, 'less similar').values == pytest.approx([.4, .4])
 
@@ -124,8 +125,8 @@ def test_constant_classifiers_are_no_minima(tmp_path):
             record.save(folder / 'log.jsonl', [
                 {'predicted_classes': 1, 'seconds': 1, 'loss': 2.3}])
     _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
-    assert row(rows, 'sharper').n == '1 seed, 2 budgets to 0.1, constant classifiers left out: 1'
-    assert row(rows, 'at first').n == '1 seed, 3 budgets to 0.2'
+    assert row(rows, 'sharper').n == '1 seed, 2 budgets to 0.1, 50 images, constant classifiers left out: 1'
+    assert row(rows, 'at first').n == '1 seed, 3 budgets to 0.2, 2 updates'
 
 
 def test_seeds_are_compared_over_the_budgets_that_all_have(tmp_path):
@@ -134,7 +135,7 @@ def test_seeds_are_compared_over_the_budgets_that_all_have(tmp_path):
             analysed_run(tmp_path / f'{eps}{seed}', eps, seed, 10 ** (10 * eps), [1, 1, 1, 1])
     _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
     sharper = row(rows, 'sharper')
-    assert sharper.values == pytest.approx([1, 1]) and sharper.n == '2 seeds, 2 budgets to 0.1'
+    assert sharper.values == pytest.approx([1, 1]) and sharper.n == '2 seeds, 2 budgets to 0.1, 50 images'
 
 
 def test_barriers_and_dead_layers_are_compared_at_the_largest_eps(tmp_path):
@@ -148,16 +149,34 @@ def test_barriers_and_dead_layers_are_compared_at_the_largest_eps(tmp_path):
                 dead = record.load(folder / 'dead_n50.json')
                 dead['layers'][0]['all'] = (width, eps) == (1, .3)
                 record.save(folder / 'dead_n50.json', dead)
-                record.save(folder / 'connect_x.json', dead | {
-                    'curve': 'bezier', 'barriers': {'line': 9., 'bezier': eps + seed},
-                    'n_control': 5, 'epochs': 1, 'points': []})
+                if seed:
+                    other = record.load(tmp_path / f'{width}0{eps}/dead_n50.json')['digest']
+                    record.save(folder / 'connect_x.json', dead | {
+                        'curve': 'bezier', 'barriers': {'line': 9., 'bezier': eps + seed},
+                        'n_control': 5, 'epochs': 1, 'points': [], 'other': other})
     found = checked(*map(str, tmp_path.iterdir()))
     rows = [row for rows in found.values() for row in rows if row.values]
     dead = row(rows, 'dead layers')
     assert dead.values == [1, 1] and 'width 1 - width 4, eps 0.3' in dead.measured
+    assert dead.verdict == 'not enough data'  # of two seeds
     connected = [row for row in rows if 'less connected' in row.claim]
-    assert [row.values for row in connected] == [pytest.approx([.3, .3])] * 2
-    assert connected[0].n == '2 pairs'
+    assert [row.values for row in connected] == [pytest.approx([.3])] * 2
+    assert connected[0].n == '1 pair'
+
+
+def test_pairs_with_a_run_in_common_are_not_two(tmp_path):
+    digest = {}
+    for eps in 0, .1:
+        for seed in range(4):
+            analysed_run(tmp_path / f'{eps}{seed}', eps, seed, 10, [1, 1, 1, 1])
+            digest[eps, seed] = record.load(tmp_path / f'{eps}{seed}/dead_n50.json')['digest']
+        for i, (one, other) in enumerate([(0, 1), (1, 2), (2, 3)]):
+            record.save(tmp_path / f'{eps}{one}/connect_{other}.json', {
+                'eps': eps, 'n': 50, 'digest': digest[eps, one], 'other': digest[eps, other],
+                'curve': 'bezier', 'n_control': 5, 'epochs': 1, 'points': [], 'sessions': [],
+                'barriers': {'line': 9., 'bezier': eps * (i + 1)}})
+    _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
+    assert row(rows, 'less connected').values == pytest.approx([.1, .3])  # 0-1 and 2-3
 
 
 def test_section_3_holds_if_every_value_does():
@@ -178,7 +197,7 @@ def test_the_default_settings_depart_in_nothing_from_the_paper(flags):
     assert study.departures(config) == set()
     for change in ({'lr': .5}, {'epochs': 3, 'periods': [3]}, {'n_train': 10}, {'width': 2},
                    {'start': 'eps'}, {'clock': 'batch'}, {'eps': .2}, {'augment': None},
-                   {'lr_warmup': .5}, {'eps_max': .9}):
+                   {'lr_warmup': .5}, {'precision': 'bf16'}):
         assert study.departures(config | change)
 
 
@@ -208,8 +227,9 @@ def test_every_figure_is_drawn_where_its_numbers_are(tmp_path):
                 record.save(folder / 'log.jsonl', [
                     {'loss': 1 / (i + 1), 'predicted_classes': 10, 'seconds': 1} for i in range(3)])
                 head = record.load(folder / 'dead_n50.json')
+                other = record.load((tmp_path / 'runs' / f'{width}{eps}0') / 'dead_n50.json')
                 record.save(folder / 'surface.json', head | {'points': grid})
-                record.save(folder / 'connect_x.json', head | {
+                record.save(folder / 'connect_x.json', head | {'other': other['digest'],
                     'curve': 'bezier', 'barriers': {'line': 1, 'bezier': 1}, 'n_control': 5,
                     'epochs': 1, 'points': [
                         {'path': path, 't': t, 'loss': t, 'robust_error': t}
@@ -227,3 +247,93 @@ def test_every_figure_is_drawn_where_its_numbers_are(tmp_path):
     assert drawn == {'fig1.png', 'fig5_mnist.png', 'c23_mnist.png', 'c24_mnist5k.png'} | {
         f'{name}_mnist5k_lenet_{width}_constant.png' for width in (1, 2)
         for name in ('fig8', 'fig3', 'fig4', 'fig11', 'fig12', 'c25')}
+
+
+# what reviewers found
+
+def test_runs_of_one_name_in_two_folders_keep_their_own_numbers(tmp_path):
+    for place, lr, error in (('x', 1e-3, 10), ('y', 3e-3, 90)):
+        paper_run(tmp_path / place / 'run', 0, 'constant', [1, *[error] * 6], lr=lr)
+    report.main([str(tmp_path / 'x/run'), str(tmp_path / 'y/run'), '--out', str(tmp_path / 'out')])
+    text = (tmp_path / 'out/table1.md').read_text()
+    assert '| constant, lr 0.001 | 1.00 | 10.00 |' in text
+    assert '| constant, lr 0.003 | 1.00 | 90.00 |' in text
+
+
+@pytest.mark.parametrize('change', [{'eps_max': .41}, {'eps_min': .3}, {'precision': 'bf16'}])
+def test_a_schedule_of_ones_own_is_no_evidence_at_the_papers_size(tmp_path, change):
+    runs = [paper_run(tmp_path / f'{sched}{seed}', seed, sched, [
+        5 * (sched == 'constant'), *[20 * (sched == 'constant')] * 6],
+        **(change if sched == 'linear' or 'precision' in change else {}))
+        for sched in ('constant', 'linear') for seed in (0, 1, 2)]
+    assert all(row.verdict == 'not enough data' for row in checked(*runs)["At the paper's size"])
+
+
+def test_a_diverged_run_errs_at_its_learning_rate(tmp_path):
+    for seed in 0, 1, 2:
+        for sched in 'constant', 'linear':
+            for lr in 1e-3, 1e-2:
+                folder = tmp_path / f'{sched}{seed}{lr}'
+                paper_run(folder, seed, sched, [1, 10], lr=lr)
+                if (sched, lr) == ('constant', 1e-2):
+                    (folder / 'period1.pt').unlink()
+                    (folder / 'evaluate.json').unlink()
+                    record.save(folder / 'diverged.json', {'epoch': 3})
+    found = checked(*map(str, tmp_path.iterdir()))["At the paper's size"]
+    wider = row(found, 'widens', 'linear')
+    assert wider.values == [1, 1, 1] and wider.verdict == 'holds'
+
+
+def test_a_warm_up_of_both_is_no_warm_up_of_the_learning_rate_alone(tmp_path):
+    for name, sched, warmup, error in (('a', 'constant', .5, 20), ('b', 'linear', 0, 30),
+                                       ('c', 'linear', .5, 80)):
+        for seed in 0, 1:
+            paper_run(tmp_path / f'{name}{seed}', seed, sched, [1, error], lr_warmup=warmup)
+    found = checked(*map(str, tmp_path.iterdir()))["At the paper's size"]
+    assert row(found, 'does not replace', 'linear').values == pytest.approx([-10, -10])
+
+
+def test_analyses_of_few_images_are_not_of_the_papers_size_nor_mixed_with_others(tmp_path):
+    def family(n_of, **change):
+        for seed in 0, 1:
+            for eps in 0, .2, .4:
+                folder = tmp_path / f'{seed}{eps}'
+                config = vars(train.settings(train.parse([
+                    '--dataset', 'mnist', '--eps', str(eps), '--seed', str(seed)])))
+                analysed_run(folder, eps, seed, 10 ** (1 + 5 * eps), [1, 1, 1, 1])
+                record.save(folder / 'config.json', config | {'sessions': [], 'trace': 2} | change)
+                path = folder / 'hessian_n50.json'
+                record.save(path, record.load(path) | {'n': n_of(eps)})
+        found = checked(*map(str, tmp_path.iterdir()))
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        return found
+
+    whole = row(family(lambda eps: 60000)["At the paper's size"], 'sharper', 'MNIST')
+    assert whole.verdict == 'holds' and '60000 images' in whole.n
+    few = row(family(lambda eps: 50)["At the paper's size"], 'sharper', 'MNIST')
+    assert few.verdict == 'not enough data'
+    _, (_, mixed) = family(lambda eps: 50 if eps else 40, n_train=100).items()
+    assert '2 budgets to 0.4, 50 images' in row(mixed, 'sharper').n
+
+
+def test_saddles_are_not_sharp_minima(tmp_path):
+    for seed in 0, 1:
+        for eps, top in ((0, 1.), (.1, 2.), (.2, -50.)):
+            analysed_run(tmp_path / f'{eps}{seed}', eps, seed, top, [1, 1, 1, 1])
+    _, (_, rows) = checked(*map(str, tmp_path.iterdir())).items()
+    assert '2 budgets to 0.1' in row(rows, 'sharper').n
+
+
+def test_worst_of_some_attacks_is_not_averaged_with_worst_of_all(tmp_path):
+    runs = [paper_run(tmp_path / str(seed), seed, 'constant', [1, 10, 11, 12, 13, 14, 20])
+            for seed in (0, 1)]
+    path = tmp_path / '1/evaluate.json'
+    result = record.load(path)
+    for key in claims.ATTACKS[1:]:
+        del result['columns'][key]
+    record.save(path, result)
+    report.main([*runs, '--out', str(tmp_path / 'out')])
+    text, = (line for line in (tmp_path / 'out/table1.md').read_text().splitlines()
+             if line.startswith('| MNIST LeNet | no | constant'))
+    assert text.endswith('| 20.00 | 2, 1 with all attacks | 3.0 |') and '14.00 / 19.58' in text

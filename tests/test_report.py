@@ -9,6 +9,7 @@ import claims
 import evaluate
 import record
 import report
+import study
 import train
 
 
@@ -165,7 +166,7 @@ def analysed_run(folder, eps, seed, top, gradients):
                   n_iter=round(eps / .01) + 10, eps_max=eps, lr_sched='constant',
                   batch_size=25, optimizer='adam', lr=1e-3, trace=2, sessions=[])
     record.save(folder / 'config.json', config)
-    record.save(folder / 'period1.pt', {})
+    record.save(folder / 'period1.pt', {'name': torch.tensor(list(str(folder).encode()))})
     record.save(folder / 'trace.jsonl', [
         {'step': step, 'grad_norm': norm, 'robust_error': .5, 'distance': 10. + step}
         for step, norm in enumerate(gradients)])
@@ -209,13 +210,14 @@ def test_runs_of_several_budgets_are_one_table_with_means_over_seeds(tmp_path):
 
 def test_barriers_between_runs_are_a_table(tmp_path):
     run = analysed_run(tmp_path / 'run', .1, 0, 10, [1, 1, 1, 1])
-    digest = record.load(tmp_path / 'run/dead_n50.json')['digest']
+    other = analysed_run(tmp_path / 'other', .1, 1, 10, [1, 1, 1, 1])
+    digests = [record.load(tmp_path / name / 'dead_n50.json')['digest'] for name in ('run', 'other')]
     record.save(tmp_path / 'run/connect_other.json', {
-        'digest': digest, 'other': '',         'eps': .1, 'n': 50, 'curve': 'polygon', 'n_control': 3, 'epochs': 7,
+        'digest': digests[0], 'other': digests[1],         'eps': .1, 'n': 50, 'curve': 'polygon', 'n_control': 3, 'epochs': 7,
         'barriers': {'line': 2., 'polygon': .5},
         'points': [{'path': path, 't': t, 'loss': t * (1 - t) * 4 * high, 'robust_error': t / 2}
                    for path, high in (('line', 3), ('polygon', 1.5)) for t in (0, .5, 1)]})
-    report.main([run, '--out', str(tmp_path / 'results')])
+    report.main([run, other, '--out', str(tmp_path / 'results')])
     assert ('| 0.1 | run | 50 | polygon, 3 points, 7 epochs | 3 | 2 | 50.0% | 1.5 | 0.5 | 50.0% |'
             in (tmp_path / 'results/landscape.md').read_text())
 
@@ -237,10 +239,10 @@ def test_runs_that_differ_in_more_than_eps_and_seed_are_not_mixed(tmp_path):
             analysed_run(folder, eps, seed, 10, [1, 1, 1, 1])
             record.save(folder / 'config.json', record.load(folder / 'config.json')
                         | change | ({'step_size': eps / 4} if seed == 3 else {}))
-    out = tmp_path / 'results'
-    report.main([*map(str, tmp_path.glob('*_*')), '--out', str(out)])
-    text = (out / 'landscape.md').read_text()
-    assert text.count('| 1 | 0.25 |') == 8 and len(list(out.glob('fig3*'))) == 4
+    groups = study.alike(study.find(sorted(map(str, tmp_path.glob('*_*')))), 'eps')
+    assert [[run.eps for run in group] for group in groups] == [[.1, .2]] * 4
+    assert report.landscape([run for group in groups for run in group], .1).count(
+        '| 1 | 0.25 |') == 8
 
 
 def test_one_run_named_twice_counts_once_and_its_copy_is_refused(tmp_path):

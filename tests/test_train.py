@@ -392,6 +392,12 @@ def test_a_lock_is_had_by_one_of_many_at_a_time(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_whose_loss_is_not_finite_leaves_word(tiny, tmp_path):
+    with pytest.raises(ValueError, match='smaller --lr'):
+        train.main([*tiny, '--optimizer', 'sgd', '--lr', '1e9', '--out', str(tmp_path / 'run')])
+    assert record.load(tmp_path / 'run/diverged.json')['epoch'] >= 1
+
+
 def test_a_folder_of_other_things_is_not_taken_for_a_run(tiny, tmp_path):
     (tmp_path / 'thesis.tex').write_text('chapter 1')
     with pytest.raises(ValueError, match='no run'):
