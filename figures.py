@@ -254,7 +254,8 @@ def figure_c24(group, path):
     """The share of units that no training image activates, by layer and width."""
     group = [run for run in group if run.dead]
     widths = sorted({run.config['width'] for run in group})
-    if len(widths) < 2:
+    if all(len({run.config['width'] for run in group if run.eps == eps}) < 2
+           for eps in {run.eps for run in group} if eps > 0):
         return False
     budgets = sorted({run.eps for run in group})
     layers = [row['layer'] for row in group[0].dead['layers']]
@@ -284,8 +285,8 @@ def figure_c25(group, path):
         for curve, other in sorted(run.curves, key=lambda pair: pair[0]['n']):  # most images last
             if other.digest in ends and other.eps == run.eps:
                 found[run.seed, other.seed, run.eps] = run, curve
-    if not found:
-        return False
+    if not found or max(eps for *_, eps in found) == 0 < group[-1].eps:
+        return False  # runs of eps 0 are drawn where they came from
     found = list(found.values())
     with analysis.figure(path, 2, title([run for run, _ in found])) as axes:
         budgets = sorted({run.eps for run, _ in found})

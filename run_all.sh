@@ -94,7 +94,9 @@ paper() {
             done
         done
     done
-    pairs c25 105 cifar10_resnet18_constant_eps0
+    pairs c25 10 mnist_lenet_constant_eps0  # C.2.5
+    pairs c25 50 mnist_lenet_constant
+    pairs c25 20 cifar10_resnet18_constant_eps0
     pairs c25 105 cifar10_resnet18_constant
     theory
 }
@@ -189,11 +191,15 @@ theory() {
     add fig1 1 "$python landscape.py theory$data"
 }
 
-pairs() {  # PARTS COST NAME FLAGS...: curves between the runs NAME of seeds that follow each other
+pairs() {  # PARTS COST NAME FLAGS...: curves between the runs NAME of the seeds, two and two
     local seed last=
     for seed in $seeds; do
-        [[ -z $last ]] || join "$1" "$2" "$3_s$last" "$3_s$seed" "${@:4}"
-        last=$seed
+        if [[ -z $last ]]; then
+            last=$seed
+        else
+            join "$1" "$2" "$3_s$last" "$3_s$seed" "${@:4}"
+            last=
+        fi
     done
 }
 

@@ -121,7 +121,7 @@ def test_the_list_covers_the_papers_studies():
     assert rates == {(lr, sched, 0) for lr in lrs for sched in ('constant', 'linear', 'cosine')} | {
         (lr, 'constant', .5) for lr in lrs}
     assert len({c['width'] for c in settings('c24')}) == 4
-    assert {c['eps'] for c in settings('c25')} == {0, 8 / 255}
+    assert {c['eps'] for c in settings('c25')} == {0, .4, 8 / 255}
 
 
 def test_parts_and_seeds_and_flags_choose_the_jobs():
