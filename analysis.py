@@ -132,7 +132,7 @@ def sound(path):
     """Inside, what is at `path` is read; if it is not as its script writes it, a ValueError."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
         raise ValueError(f'{path} is damaged or no result of this script ({type(error).__name__}: '
                          f'{error}); delete it, and it is computed again') from error
 

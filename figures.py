@@ -13,11 +13,11 @@ def draw(runs, theory, out):
     """Draws into the folder `out` what `runs`, and the result `theory` of section 3, suffice for.
 
     Each function below draws one group of runs into a PNG and says whether they suffice for it;
-    several groups get a file each, named after what they are of.
+    several groups get a file each, named after what they are of. Returns the names of the files.
     """
     if theory:
         figure_1(theory, out / 'fig1.png')
-    drawn = []
+    drawn, names = [], ['fig1.png'] * bool(theory)
     for figure, name, own in FIGURES:
         for group in study.alike(runs, *own):
             config = group[-1].config
@@ -25,8 +25,11 @@ def draw(runs, theory, out):
                 config['model'], str(config['width']), config['eps_sched']])
             if name == 'fig2' and config['dataset'] != 'cifar10':
                 stem = stem.replace('fig2', 'fig8')
-            if figure(group, out / (stem + f'_{drawn.count(stem) + 1}' * (stem in drawn) + '.png')):
+            file = stem + f'_{drawn.count(stem) + 1}' * (stem in drawn) + '.png'
+            if figure(group, out / file):
                 drawn.append(stem)
+                names.append(file)
+    return names
 
 
 def title(group):

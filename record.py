@@ -118,8 +118,9 @@ def lock(folder, wait=False):
             return
 
 
-LEFTOVER = (r'\.(config|log|trace|diverged|last|period\d+|(evaluate|hessian|similarity|surface'
-            r'|connect|dead|theory).*)\.(json|jsonl|npz|png|pt)\.\d+\.tmp')
+LEFTOVER = (r'\.(config|log|trace|diverged|last|period\d+|table1|claims|landscape'
+            r'|(evaluate|hessian|similarity|surface|connect|dead|theory|fig|c2).*)'
+            r'\.(json|jsonl|npz|png|pt|md|csv)\.\d+\.tmp')
 
 
 def start(folder, config, device):

@@ -350,6 +350,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('runs', nargs='*', metavar='RUN', help='run folders; default: all in ckpts/')
+    add('--empty', action='store_true', help='no run at all, not even those in ckpts/')
     add('--out', default='results', help='folder to write to; default: results')
     add('--theory', default='evals/theory.json',
         help='what landscape.py theory wrote; default: evals/theory.json')
@@ -360,20 +361,24 @@ def main(argv=None):
     args = parser.parse_args(argv)
     out = pathlib.Path(args.out)
     with record.lock(out, args.wait):
-        runs = study.find(args.runs)
+        runs = [] if args.empty else study.find(args.runs)
         theory = record.load(args.theory) if pathlib.Path(args.theory).exists() else {}
-        table, cells = table_1(runs)
-        checked = claims.check(runs, theory, paper())
-        texts = {'table1.md': table, 'table1.csv': cells,
-                 'landscape.md': landscape(runs, args.a) + connections(runs),
-                 'claims.md': claims.text(checked)}
-        figures.draw(runs, theory, out)
+        with analysis.sound(f'one of these runs, or {args.theory},'):
+            table, cells = table_1(runs)
+            checked = claims.check(runs, theory, paper())
+            texts = {'table1.md': table, 'table1.csv': cells,
+                     'landscape.md': landscape(runs, args.a) + connections(runs),
+                     'claims.md': claims.text(checked)}
+            written = figures.draw(runs, theory, out)
         for name, text in texts.items():
             if text:
                 record.replace(out / name, lambda file: file.write(text.encode()))
+                written.append(name)
+        older = sorted({path.name for path in out.iterdir() if path.is_file()}
+                       - {*written, '.lock'})
     shown = table.split('## ')[1] if any(run.evaluations for run in runs) else ''
-    print(shown + claims.summary(checked) + f'written to {out}: ' + ', '.join(
-        sorted(path.name for path in out.iterdir() if not path.name.startswith('.'))))
+    print(f'{shown}{claims.summary(checked)}written to {out}: {", ".join(sorted(written))}'
+          + f'\nnot of these runs, or older: {", ".join(older)}' * bool(older))
 
 
 if __name__ == '__main__':

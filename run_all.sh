@@ -188,7 +188,7 @@ quick() {
 
 theory() {
     job theory
-    add fig1 1 "$python landscape.py theory$data"
+    add fig1 1 "$quoted landscape.py theory$data"
 }
 
 pairs() {  # PARTS COST NAME FLAGS...: curves between the runs NAME of the seeds, two and two
@@ -219,7 +219,7 @@ add() {  # PARTS COST COMMAND
 }
 
 also() {
-    add "$1" "$2" "$python ${*:3}$shared --wait"
+    add "$1" "$2" "$quoted ${*:3}$shared --wait"
 }
 
 run() {
@@ -252,6 +252,7 @@ join() {
 
 choose() {  # sets lines to "NAME:COST:COMMAND && COMMAND ..." of the jobs that are asked for
     local wanted=,$only, all i j n=0 part line cost
+    set -f
     [[ $wanted != *,appendix,* ]] || wanted+=fig8,fig11,fig12,c22,c23,c24,c25,
     all=,appendix,$(IFS=,; echo "${parts[*]}"),
     for part in ${only//,/ }; do
@@ -284,40 +285,59 @@ list() {
 }
 
 plain() {  # LINE: its commands, one a line, without what is of this machine only
-    sed -E 's/.* ([a-z]+\.py )/\1/; s/ --(data-dir|device) [^ ]+//g' <<< "${1// && /$'\n'}"
+    local text=${1//"$shared"/}
+    text=${text//"$data"/}
+    sed -E 's/.* ([a-z]+\.py )/\1/' <<< "${text// && /$'\n'}"
 }
 
-finished() {  # NAME LINE: whether its commands all ended well, and what they left is still here
+intact() {  # NAME: whether all that the job has left is still here
     local text
     [[ -f logs/$1.done ]] || return 1
-    while IFS= read -r text; do
-        grep -Fxq -e "$text" "logs/$1.done" || return 1
-    done <<< "$(plain "$2")"
     while IFS= read -r text; do
         [[ -e $text ]] || return 1
     done <<< "$(grep -E '^(ckpts|evals)/' "logs/$1.done")"
 }
 
+finished() {  # NAME LINE: whether all its commands have ended well
+    local text
+    intact "$1" || return 1
+    while IFS= read -r text; do
+        grep -Fxq -e "$text" "logs/$1.done" || return 1
+    done <<< "$(plain "$2")"
+}
+
 work() {  # NUMBER:NAME:COST:LINE: runs a job
-    local number=${1%%:*} name line began=$SECONDS log
+    local number=${1%%:*} name line folders folder began=$SECONDS log new
     line=${1#*:} name=${line%%:*} line=${line#*:*:}
-    log=logs/$name.log
+    log=logs/$name.log new=logs/.$name.$$.done
     kill -0 "$runner" 2> /dev/null || exit 255  # then xargs stops, too
     trap 'exit 255' INT
     echo "$number $name ..."
-    if ! (eval "$prefix$line") >> "$log" 2>&1 < /dev/null; then
-        echo "$number $name FAILED: $(tail -n 1 "$log")"
-        return 0
+    intact "$name" || rm -f "logs/$name.done"
+    if ! : >> "$log"; then
+        echo "$number $name FAILED: $log cannot be written"
+        return
     fi
-    {
-        [[ ! -f logs/$name.done ]] || grep -Ev '^(ckpts|evals)/' "logs/$name.done" || true
-        plain "$line"
-        # shellcheck disable=SC2046
-        find $(grep -Eo '(ckpts/[^ ]+|theory)' <<< "$line" | sed 's/^theory/evals/' | sort -u) \
-            -maxdepth 1 \( -name '*.json*' -o -name '*.npz' -o -name 'period*.pt' \) ! -name '.*'
-    } > "logs/.$name.done"
-    mv "logs/.$name.done" "logs/$name.done"
-    echo "$number $name: done, $((SECONDS - began)) s"
+    if (eval "$prefix$line") >> "$log" 2>&1 < /dev/null; then
+        folders=$(grep -Eo '(ckpts/[^ ]+|theory)' <<< "$line" | sed 's/^theory/evals/' | sort -u)
+        for folder in $folders; do
+            if [[ -e $folder/last.pt ]]; then
+                echo "$number $name: stopped, and the same command goes on: $(tail -n 1 "$log")"
+                return
+            fi
+        done
+        {
+            [[ ! -f logs/$name.done ]] || grep -Ev '^(ckpts|evals)/' "logs/$name.done"
+            plain "$line"
+            # shellcheck disable=SC2086
+            find $folders -maxdepth 1 ! -name '.*' \
+                \( -name '*.json*' -o -name '*.npz' -o -name 'period*.pt' \)
+        } > "$new"
+        mv "$new" "logs/$name.done"
+        echo "$number $name: done, $((SECONDS - began)) s"
+    else
+        echo "$number $name FAILED: $(tail -n 1 "$log")"
+    fi
 }
 
 no_gpu() {
@@ -331,7 +351,7 @@ no_gpu() {
 }
 
 start() {  # runs the jobs, JOBS at once, those first that come first, and reports
-    local i=0 job name rest total=0 disk=0 open=() failed=() runs=() free
+    local i=0 job name rest total=0 disk=0 open=() failed=() runs=() free report=
     mkdir -p ckpts evals logs
     for job in ${lines[@]+"${lines[@]}"}; do
         name=${job%%:*} rest=${job#*:} i=$((i + 1))
@@ -340,26 +360,29 @@ start() {  # runs the jobs, JOBS at once, those first that come first, and repor
         [[ $rest != *" hessian.py "* ]] || disk=$((disk + 7 * megabytes))
         disk=$((disk + megabytes))
     done
-    free=$(df -Pm . | awk 'NR == 2 { print $4 }')
+    free=$(df -Pm . | awk 'NR == 2 { for (i = 2; i <= NF; i++) if ($i ~ /%$/) print $(i - 1) }')
     echo "$((${#lines[@]} - ${#open[@]})) of ${#lines[@]} jobs are finished. The others take" \
         "about $total $unit, $JOBS at once, and $disk MB of the $free MB free here. More: logs/"
-    [[ $disk -lt $free ]] || fail "the disk is too small"
+    [[ ${#open[@]} == 0 || ! $free =~ ^[0-9]+$ || $disk -lt $free ]] ||
+        fail "the disk is too small"
     if [[ ${#open[@]} -gt 0 ]]; then
-        export runner=$$ prefix
-        export -f work plain
+        export runner=$$ prefix shared data
+        export -f work plain intact
         printf '%s\0' "${open[@]}" | xargs -0 -n 1 -P "$JOBS" bash -c 'work "$1"' work ||
             fail 'interrupted; the same command goes on'
     fi
     for name in "${names[@]}"; do
         [[ ! -f ckpts/$name/config.json ]] || runs+=("ckpts/$name")
     done
-    "$python" report.py ${runs[@]+"${runs[@]}"} --out "$results" --wait
+    [[ ${#runs[@]} -gt 0 ]] || runs=(--empty)
+    "$python" report.py "${runs[@]}" --out "$results" --wait || report=failed
     for job in ${lines[@]+"${lines[@]}"}; do
         name=${job%%:*} rest=${job#*:}
         finished "$name" "${rest#*:}" || failed+=("logs/$name.log")
     done
-    [[ ${#failed[@]} == 0 ]] || fail "${#failed[@]} of ${#lines[@]} jobs failed; the same command" \
-        "tries them again:"$'\n'"$(printf '  %s\n' "${failed[@]}")"
+    [[ ${#failed[@]} == 0 ]] || fail "${#failed[@]} of ${#lines[@]} jobs failed or stopped;" \
+        "the same command tries them again:"$'\n'"$(printf '  %s\n' "${failed[@]}")"
+    [[ -z $report ]] || fail 'no report could be made, for the reason above; the runs are complete'
 }
 
 setup() {
@@ -373,19 +396,36 @@ setup() {
     local packages='import torch, torchvision, numpy, matplotlib, tqdm, mlxtend, pytest
 assert tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 11)'
     if "$python" -c "$packages" 2> /dev/null; then return; fi
-    if ! .venv/bin/python -c "$packages" 2> /dev/null; then
-        echo 'setting up .venv from requirements.txt: some minutes, some GB'
-        "$python" -m venv --clear .venv ||
-            fail "no .venv could be made; on Debian and Ubuntu: apt-get install python3-venv"
-        .venv/bin/python -m pip install --quiet -r requirements.txt ||
-            fail "the packages of requirements.txt could not be installed; is there a network?"
-    fi
+    export packages
+    export -f install fail
+    "$python" -c 'import fcntl, subprocess, sys
+with open("requirements.txt", "r+") as lock:  # workers that begin together make one .venv
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    sys.exit(subprocess.call(sys.argv[1:]))' bash -c 'install "$1"' install "$python"
     python=.venv/bin/python
+}
+
+install() {  # PYTHON: makes .venv, with the packages of requirements.txt, unless it is there
+    if .venv/bin/python -c "$packages" 2> /dev/null; then return; fi
+    echo 'setting up .venv from requirements.txt: some minutes, some GB'
+    "$1" -m venv --clear .venv ||
+        fail "no .venv could be made; on Debian and Ubuntu: apt-get install python3-venv"
+    .venv/bin/python -m pip install --quiet -r requirements.txt ||
+        fail "the packages of requirements.txt could not be installed; is there a network?"
 }
 
 fail() {
     echo "error: $*" >&2
     exit 1
+}
+
+flags() {  # FLAGS...: sets extra to them, quoted, unless the table itself needs them
+    case " $* " in
+        *' --o '* | *' --ou'* | *' --se'* | *' --data-'* | *' --de'* | *' --wa'*)
+            fail "the table itself gives train.py --out, --seed, --data-dir, --device and --wait;" \
+                "SEEDS and DATA_DIR say otherwise" ;;
+    esac
+    [[ $# == 0 ]] || extra=($(printf '%q ' "$@"))
 }
 
 main() {
@@ -402,15 +442,18 @@ main() {
                     workers=$((10#${BASH_REMATCH[2]})) && ((1 <= worker && worker <= workers)) ||
                     fail "--shard takes I/N with I in 1..N, not '${2:-}'"
                 shift ;;
-            --) extra=("${@:2}"); break ;;
+            --) flags "${@:2}"; break ;;
             -h | --help) sed -n '2,/^set/s/^# \{0,1\}//p' run_all.sh; exit ;;
-            -*) fail "'$1' is unknown; bash run_all.sh --help names all" ;;
+            -* | '') fail "'$1' is unknown; bash run_all.sh --help names all" ;;
             *) only+=${only:+,}$1 ;;
         esac
         shift
     done
     data='' seeds=${SEEDS:-0 1 2} results=results lines=()
-    [[ -z ${DATA_DIR:-} ]] || data=" --data-dir $(printf %q "$DATA_DIR")"
+    if [[ -n ${DATA_DIR:-} ]]; then
+        data=" --data-dir $(cd "$started" && cd "$DATA_DIR" && printf %q "$PWD")" ||
+            fail "DATA_DIR=$DATA_DIR is no folder"
+    fi
     shared=$data prefix='' unit='minutes of a GPU' megabytes=40
     if [[ $table != paper ]]; then
         seeds=${SEEDS:-0 1} results=results/$table unit='seconds of a CPU core' megabytes=5
@@ -418,6 +461,10 @@ main() {
         : "${JOBS:=$(getconf _NPROCESSORS_ONLN)}"
     fi
     : "${JOBS:=1}"
+    [[ $JOBS =~ ^[1-9][0-9]*$ ]] || fail "JOBS=$JOBS is no number of jobs at once, 1 or more"
+    [[ $seeds =~ ^(0|[1-9][0-9]*)(\ (0|[1-9][0-9]*))*$ &&
+        -z $(tr ' ' '\n' <<< "$seeds" | sort | uniq -d) ]] ||
+        fail "SEEDS=$seeds is no list of different seeds such as SEEDS=\"0 1 2\""
     if [[ -n $test ]]; then
         setup
         exec "$python" -m pytest -q tests
@@ -427,8 +474,10 @@ main() {
     elif [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then
         python=.venv/bin/python
     else
-        python=$(printf %q "${PYTHON:-python3}")
+        python=${PYTHON:-python3}
+        [[ "$python" != */* || "$python" == /* ]] || python=$started/$python
     fi
+    quoted=$(printf %q "$python")
     "$table"
     choose
     if [[ -n $list ]]; then

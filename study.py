@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import analysis
 import data
+import models
 import record
 import schedule
 
@@ -49,13 +50,20 @@ def read(folder):
 
 def look(run):
     """Raises some error where a result of the run is not of the shape that its script writes."""
+    config = run.config
+    dict.fromkeys(schedule.EPS_SCHEDS)[config['eps_sched']], models.MODELS[config['model']]
+    sum([config[name] for name in ('lr', 'eps_max', 'batch_size', 'width', 'epochs')])
+    config['optimizer'] + config['lr_sched'], [s['torch'] + s['device'] for s in config['sessions']]
     numbers = [epoch['loss'] + epoch['seconds'] for epoch in run.log]
     numbers += [step['grad_norm'] + step['distance'] + step['robust_error'] for step in run.trace]
     for result in run.evaluations:
         numbers += [column['error'] for column in result['columns'].values()]
         numbers += [result['n'] / result['n_test'], result['seed']]
+        [column['settings'].get('n_queries') or column['settings']['n_iter'] for key, column in
+         result['columns'].items() if key not in ('clean', 'worst')]
     if run.hessian:
         numbers += run.hessian['eigen']['values'] + [run.hessian['scale']['mean']]
+        numbers += [run.hessian['eigen']['values'][0]]
         numbers += [run.hessian['loss'], run.hessian['robust_error']]
     if run.dead:
         numbers += [layer['share'] + layer['all'] for layer in run.dead['layers'] if layer['layer']]
@@ -82,7 +90,10 @@ def find(folders):
 
 def results(folder, name):
     """What scripts left in `folder` as <name>*.json."""
-    return [record.load(path) for path in sorted(folder.glob(f'{name}*.json'))]
+    try:
+        return [record.load(path) for path in sorted(folder.glob(f'{name}*.json'))]
+    except ValueError as error:
+        raise ValueError(f'{error}; delete it, and its command makes it again') from None
 
 
 def largest(folder, name, eps, digest):

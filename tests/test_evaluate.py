@@ -152,8 +152,7 @@ def test_finished_attacks_are_not_run_again_and_others_are_added(copies, here, m
     assert ran == ['pgd', 'square5k', 'pgd100']
 
 
-@pytest.mark.parametrize('after', [False, True])
-@pytest.mark.parametrize('moment', range(6))
+@pytest.mark.parametrize('moment, after', [(i, False) for i in range(6)] + [(5, True)])
 def test_an_evaluation_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
         copies, here, runs, moment, after):
     argv = [*here, str(copies / 'single'), *FEW, '--device', 'cpu']

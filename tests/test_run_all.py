@@ -2,7 +2,6 @@ import os
 import pathlib
 import shlex
 import subprocess
-import sys
 import time
 
 import pytest
@@ -49,8 +48,10 @@ def test_an_unknown_flag_is_named_with_the_way_out():
     assert '--quick' in run_all('--help').stdout
 
 
-def test_the_full_table_is_not_begun_without_a_gpu_unasked():
-    done = run_all(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES='')
+def test_the_full_table_is_not_begun_without_a_gpu_unasked(tmp_path):
+    (tmp_path / 'python3').write_text('#!/bin/sh\ncase "$2" in *cuda*) exit 1 ;; esac\n')
+    (tmp_path / 'python3').chmod(0o755)
+    done = run_all(PYTHON=str(tmp_path / 'python3'))
     assert done.returncode == 1 and '--quick' in done.stderr and '--cpu' in done.stderr
     assert 'hours of one' in done.stderr
 
@@ -69,15 +70,17 @@ def jobs_of(*flags, **environment):
 
 
 @pytest.mark.parametrize('table', [[], ['--small'], ['--quick']])
-def test_the_list_asks_the_scripts_only_for_what_they_know(table):
-    jobs, _ = jobs_of(*table, DATA_DIR='my images')
+def test_the_list_asks_the_scripts_only_for_what_they_know(table, tmp_path):
+    images = tmp_path / 'my images'
+    images.mkdir()
+    jobs, _ = jobs_of(*table, DATA_DIR=str(images))
     scripts = {'train.py': train, 'evaluate.py': evaluate, 'hessian.py': hessian,
                'landscape.py': landscape}
     trained = {}
     for job in jobs:
         for script, *flags in job:
             args = scripts[script].parse(flags)
-            assert args.data_dir == 'my images'
+            assert args.data_dir == str(images)
             if script == 'train.py':  # the same run has the same flags wherever it is named
                 settings = vars(train.settings(args))
                 assert trained.setdefault(args.out, settings) == settings
@@ -165,7 +168,7 @@ case "$*" in *bad*) echo it broke; exit 3 ;; esac
 ''')
     stub.chmod(0o755)
     table = """quick() {
-    run table1 5 one --epochs 1
+    run table1,fig2 5 one --epochs 1
     also table1 5 evaluate.py $run
     run table1 5 bad_run --epochs 1
     also table1 5 evaluate.py $run
@@ -196,7 +199,7 @@ def commands(bench):
 def test_a_failed_job_is_named_at_the_end_with_its_log_and_stops_no_other(bench):
     process = start(bench)
     out, _ = process.communicate()
-    assert process.returncode == 1 and '1 of 4 jobs failed' in out
+    assert process.returncode == 1 and '1 of 4 jobs failed or stopped' in out
     assert out.rstrip().endswith('logs/bad_run.log') and 'bad_run FAILED: it broke' in out
     assert (bench / 'logs/bad_run.log').read_text() == 'it broke\n'
     done = commands(bench)
@@ -219,7 +222,7 @@ def test_finished_jobs_are_not_looked_at_again_unless_files_of_them_are_lost(ben
 def test_on_another_machine_finished_jobs_stay_finished(bench):
     start(bench).communicate()
     (bench / 'python3').rename(bench / 'python3.12')
-    out, _ = start(bench, PYTHON=str(bench / 'python3.12'), DATA_DIR='/elsewhere').communicate()
+    out, _ = start(bench, PYTHON=str(bench / 'python3.12'), DATA_DIR='/').communicate()
     assert '3 of 4 jobs are finished' in out
 
 
@@ -267,8 +270,94 @@ def test_an_existing_scheduler_can_run_the_list(bench):
 
 def test_without_room_on_the_disk_nothing_begins(bench):
     df = bench / 'df'
-    df.write_text('#!/bin/sh\necho "Filesystem 1M Used Available"; echo "disk 100 90 10"\n')
+    df.write_text('#!/bin/sh\necho "Filesystem 1M Used Available"; echo "my disk 100 90 10 90% /"\n')
     df.chmod(0o755)
     out, _ = start(bench, PATH=f'{bench}:{os.environ["PATH"]}').communicate()
     assert 'the disk is too small' in out and 'of the 10 MB free' in out
     assert commands(bench) == []
+
+
+# what reviewers found
+
+def test_a_run_that_stopped_early_is_not_done(bench):
+    stub = (bench / 'python3').read_text()
+    (bench / 'python3').write_text(stub.replace('$3/period1.pt', '$3/last.pt'))
+    process = start(bench)
+    out, _ = process.communicate()
+    assert process.returncode == 1 and 'last: stopped' in out and '4 of 4 jobs failed or st' in out
+
+
+def test_without_a_log_a_job_is_not_taken_for_done(bench):
+    (bench / 'logs/one.log').mkdir(parents=True)
+    process = start(bench)
+    out, _ = process.communicate()
+    assert process.returncode == 1 and 'logs/one.log cannot be written' in out
+    assert 'train.py --out ckpts/one' not in commands(bench)
+
+
+def test_what_is_lost_is_missed_also_after_a_part_was_made_again(bench):
+    start(bench).communicate()
+    (bench / 'ckpts/one/evaluate.json').write_text('{}')
+    (bench / 'logs/one.done').open('a').write('ckpts/one/evaluate.json\n')
+    (bench / 'ckpts/one/evaluate.json').unlink()
+    start(bench, 'fig2').communicate()  # trains only
+    commands(bench)
+    start(bench).communicate()
+    assert 'evaluate.py ckpts/one --device' in commands(bench)
+
+
+def test_paths_may_hold_spaces(bench):
+    place = bench / 'my folder'
+    place.mkdir()
+    for name in 'python3', 'run_all.sh':
+        (bench / name).rename(place / name)
+    images = bench / 'my images'
+    images.mkdir()
+    for _ in range(2):
+        out, _ = start(place, DATA_DIR=str(images)).communicate()
+    assert '3 of 4 jobs are finished' in out
+    images.rename(bench / 'other')
+    out, _ = start(place, DATA_DIR=str(bench / 'other')).communicate()
+    assert '3 of 4 jobs are finished' in out
+
+
+@pytest.mark.parametrize('flags', [['--seed', '7'], ['--out', 'x'], ['--seed=7'], ['--wait'],
+                                   ['--data-dir', 'x']])
+def test_flags_that_the_table_needs_are_refused(bench, flags):
+    process = start(bench, '--', *flags)
+    assert 'SEEDS and DATA_DIR' in process.communicate()[0] and process.returncode == 1
+    assert commands(bench) == []
+
+
+def test_flags_are_no_shell_code(bench):
+    start(bench, '--', '--lr', '1e-3; touch pwned #').communicate()
+    assert not (bench / 'pwned').exists()
+
+
+@pytest.mark.parametrize('environment', [
+    {'JOBS': '0'}, {'JOBS': 'many'}, {'SEEDS': '0 0'}, {'SEEDS': '0,1'}, {'SEEDS': ' '},
+    {'DATA_DIR': '/nowhere'}])
+def test_what_is_no_number_or_folder_is_a_clear_error(bench, environment):
+    process = start(bench, **environment)
+    (name, value), = environment.items()
+    assert f'{name}={value} is no' in process.communicate()[0] and process.returncode == 1
+    assert commands(bench) == []
+
+
+def test_an_empty_part_is_not_all(bench):
+    assert start(bench, '').wait() == 1 and commands(bench) == []
+
+
+def test_a_report_that_fails_does_not_hide_the_jobs_that_failed(bench):
+    stub = (bench / 'python3').read_text()
+    (bench / 'python3').write_text(stub + '\n[ "$1" != report.py ] || exit 4\n')
+    out, _ = start(bench).communicate()
+    assert out.rstrip().endswith('logs/bad_run.log')
+
+
+def test_reports_are_of_the_runs_of_the_table_only(bench):
+    (bench / 'ckpts/mine').mkdir(parents=True)
+    (bench / 'ckpts/mine/config.json').touch()
+    start(bench, 'fig2').communicate()
+    report, = [line for line in (bench / 'commands').read_text().splitlines() if 'report' in line]
+    assert 'mine' not in report and 'ckpts/one' in report
