@@ -308,12 +308,15 @@ def check(runs, theory, paper):
         for share, group in grouped(compare, runs, own):
             config = group[-1].config
             task = config['dataset'], config['model']
-            free = {*own} & {'eps', 'lr', 'lr_warmup', 'width'}
+            free = {*own} & {'eps', 'lr', 'lr_warmup', 'width'} | {'precision'}
             full = task in tasks and share == 1 and not any(
                 study.departures(run.config) - free for run in study.usual(group))
             rows = [row for row in compare(study.whole(group) if full else group,
                                            paper.get(task, {})) if row.values]
             if full:
+                precision = config.get('precision', 'fp32')
+                for row in rows if precision != 'fp32' else []:
+                    row.where = f'{row.where}, {precision}'.lstrip(', ')
                 found[task] += rows
             elif rows:
                 title = figures.title(group).replace('\n', ', ') + f', batch {config["batch_size"]}'

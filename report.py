@@ -81,8 +81,8 @@ def evaluated(runs):
 
 
 def at_full_size(run, result):
-    """Whether a run and its evaluation are what Table 1 of the paper has."""
-    return result['n'] == result['n_test'] and not study.departures(run.config)
+    """Whether a run and its evaluation are what Table 1 of the paper has, in whatever precision."""
+    return result['n'] == result['n_test'] and not study.departures(run.config) - {'precision'}
 
 
 def full_table(pairs):
@@ -209,13 +209,18 @@ def table_1(runs):
         for pair in whole:
             if (len(pair[0].config['periods']) > 1) == periodic:
                 config = pair[0].config
-                by_kind.setdefault((config['dataset'], config['model'], label(config)),
-                                   []).append(pair)
+                by_kind.setdefault((config['dataset'], config['model'], config.get('precision'),
+                                    label(config)), []).append(pair)
         rows += [numbers(kind[-1], row) for kind, row in by_kind.items()]
     csv.writer(table, lineterminator='\n').writerows(rows)
-    parts = ["## Table 1 at the paper's size\n\n" + full_table(whole),
-             small and '## Other sizes and settings\n\n' + small]
-    return '# Table 1\n\n' + ''.join(parts if whole or not small else parts[::-1]), table.getvalue()
+    by_precision = {}
+    for run, result in whole:
+        by_precision.setdefault(run.config.get('precision', 'fp32'), []).append((run, result))
+    parts = [f"## Table 1 at the paper's size{f', trained in {p}' * (p != 'fp32')}\n\n"
+             + full_table(by_precision[p]) for p in sorted(by_precision)[::-1]]
+    parts = parts or ["## Table 1 at the paper's size\n\n" + full_table([])]
+    parts.insert(len(parts) if whole else 0, small and '## Other sizes and settings\n\n' + small)
+    return '# Table 1\n\n' + ''.join(parts), table.getvalue()
 
 
 def columns(row):
