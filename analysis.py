@@ -180,6 +180,9 @@ def title(head):
             f'n = {head["n"]:,} of {head["dataset"]}')
 
 
+DPI = 150
+
+
 @contextlib.contextmanager
 def figure(path, columns=1, title='', rows=1):
     """Yields rows x columns axes, in a row, to draw on; on leaving they become the PNG `path`."""
@@ -188,5 +191,5 @@ def figure(path, columns=1, title='', rows=1):
         drawing = figure.Figure(figsize=(5 * columns, 4 * rows), layout='constrained')
         yield drawing.subplots(rows, columns, squeeze=False).flatten()
         drawing.suptitle(title)
-        record.replace(path, lambda file: drawing.savefig(file, format='png', dpi=150))
+        record.replace(path, lambda file: drawing.savefig(file, format='png', dpi=DPI))
     print(f'  drawn in {path}')

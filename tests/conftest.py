@@ -6,10 +6,12 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
+import analysis  # noqa: E402
 import data  # noqa: E402
 import train  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors hate threads
+analysis.DPI = 50  # figures in half the time
 
 
 @pytest.fixture(scope='session')

@@ -332,7 +332,7 @@ def test_the_command_writes_what_it_found(run, data_dir, capsys):
     assert len(result['trace']['estimates']) == 3 and len(result['density']['nodes'][0]) == 50
     assert len(result['scale']['losses']) == 2
     assert result['scale']['mean'] == pytest.approx(math.log(10), abs=.2)
-    assert (run / 'hessian_n60.png').stat().st_size > 10000
+    assert (run / 'hessian_n60.png').stat().st_size > 5000
     assert result['digest'] == hashlib.sha256((run / 'period1.pt').read_bytes()).hexdigest()
     assert 'not converged' not in capsys.readouterr().out
 
