@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import figures
 import study
 
-RULE = 'holds if the whole interval is above 0, does not if none of it is, else not enough data'
+RULE = ('of 2 seeds or more that differ: holds if the whole interval is above 0, does not if none '
+        'of it is, else not enough data')
 EACH = 'holds if each value is above 0, else does not'
 COUNT = ('of 3 seeds or more: holds if each value is above 0, does not if none is, else not enough '
          'data')
@@ -35,7 +36,7 @@ def verdict(values, rule=RULE):
     """What the rule says: RULE for numbers, COUNT for counts, of which no interval is known."""
     if rule == COUNT and len(values) >= 3:
         low, high = min(values), max(values)
-    elif rule == RULE and len(values) >= 2:
+    elif rule == RULE and len(set(values)) >= 2:  # equal ones, of few images, deceive
         _, low, high = interval(values)
     else:
         return 'not enough data'
@@ -63,15 +64,21 @@ def exact(claim, measured, values, of_paper):
         verdict=verdict, rule=EACH)
 
 
+def images(n):
+    """So many test images, '' if there is no measurement."""
+    return f'{n:,} test images' if n else ''
+
+
 def of_table(group, paper):
     """Table 1: a warm-up of eps beats a constant one; the ensemble of periods beats the last model.
 
     group: runs that differ in schedule, periods and seed, with evaluations of all columns alike;
     paper: (periodic, schedule, column) -> the paper's mean and deviation, in percent.
     """
-    errors = {}
+    errors, n = {}, None
     for run in study.usual(group):
-        columns = study.evaluation(run, 'clean', *ATTACKS)['columns']
+        result = study.evaluation(run, 'clean', *ATTACKS)
+        columns, n = result['columns'], result['n']
         key = len(run.config['periods']) > 1, run.config['eps_sched']
         errors.setdefault(key, {})[run.seed] = {
             'clean': 100 * columns['clean']['error'],
@@ -94,12 +101,12 @@ def of_table(group, paper):
                 yield row(f'a {sched} eps beats a constant eps, {kind} error', periodic
                           and 'periodic' or '', f'constant - {sched}, points of {kind} error'
                           + ' (mean of the five attacks)' * (kind == 'robust'),
-                          difference(*keys, kind), of_paper(*keys, kind))
+                          difference(*keys, kind), of_paper(*keys, kind), images(n))
     for sched in 'constant', 'linear', 'cosine':
         keys = (False, sched), (True, sched)
         yield row('an ensemble of periods beats the last model', f'{sched} eps',
                   'last model - ensemble, points of robust error (mean of the five attacks)',
-                  difference(*keys, 'robust'), of_paper(*keys, 'robust'))
+                  difference(*keys, 'robust'), of_paper(*keys, 'robust'), images(n))
 
 
 def of_rates(group, _=None, usable=.5):
@@ -127,7 +134,7 @@ def of_rates(group, _=None, usable=.5):
         yield row('a warm-up of the learning rate does not replace that of eps', f'{sched} eps',
                   f'lr warm-up with constant eps - {sched} eps, points of PGD error, mean over '
                   'learning rates', list(map(statistics.mean, values)), 'C.2.3',
-                  f'{n} rates' if n else '')
+                  f'{n} rate{"s" * (n > 1)}' if n else '')
 
 
 def shared(by_seed, least=1):
@@ -222,7 +229,8 @@ def of_budgets(group, _=None):
     yield row('perturbations are less similar along the top eigenvector', '',
               'cosine, random direction - top eigenvector, mean over a > 0 and eps',
               [statistics.mean(found.values()) for found in points], 'Figure 4',
-              f'{len({eps for eps, _ in keys})} budgets, {n} images' if points else '')
+              f'eps {", ".join(sorted({f"{eps:.3g}" for eps, _ in keys}))}, {n} images' if points
+              else '')
     curves, ends = {}, {run.digest for run in trained}
     for run in trained:
         for curve, other in run.curves:
@@ -296,8 +304,11 @@ def grouped(compare, runs, own):
             for group in study.alike(found + diverged, *own)]
 
 
+WHOLE = "At the paper's size"
+
+
 def check(runs, theory, paper):
-    """{heading: rows}: first what the paper claims, at its size, then what smaller runs say of it.
+    """{heading: rows}: what the paper claims, at its size; and what smaller runs say of it.
 
     theory: the result of `landscape.py theory` or {}; paper: (dataset, model) -> what `of_table`
     takes. A row of the paper's size is there even if nothing is measured.
@@ -331,7 +342,9 @@ def check(runs, theory, paper):
             for row in rows:
                 row.where = ', '.join(filter(None, (TASKS[task], row.where)))
             whole += rows
-    return {"At the paper's size": whole + list(of_theory(theory)), **small}
+    measured = any(row.values for row in whole)
+    tables = {**small, 'Section 3, in numbers': list(of_theory(theory))}
+    return {WHOLE: whole, **tables} if measured else {**tables, WHOLE: whole}
 
 
 def summary(tables):
@@ -340,8 +353,9 @@ def summary(tables):
     for heading, rows in tables.items():
         count = {verdict: sum(row.verdict == verdict for row in rows)
                  for verdict in ('holds', 'does not', 'not enough data')}
+        none = sum(not row.values for row in rows)
         text += (f'- {heading}: ' + ', '.join(f'{n} {verdict}' for verdict, n in count.items())
-                 + f', of {len(rows)}\n')
+                 + f' ({none} of these not measured at all)' * (none > 0) + f', of {len(rows)}\n')
     return text
 
 

@@ -34,16 +34,20 @@ def draw(runs, theory, out):
 
 def title(group):
     """What the runs of a group have in common, in two lines."""
-    config = group[-1].config
+    config, n_seeds = group[-1].config, len({run.seed for run in group})
     n = config.get('n_train') or data.SPLITS[config['dataset']]['train'][0]
-    sched = {run.config['eps_sched'] for run in group}
+    sched = {run.config['eps_sched'] for run in group if run.eps > 0 or group[-1].eps == 0}
     lr = {run.config['lr'] for run in group}
     width = {run.config['width'] for run in group}
+    warm = {run.config.get('lr_warmup', 0) for run in group}
+    periods = {' + '.join(map(str, run.config['periods'])) for run in group}
     return (f'{MODELS[config["model"]]}' + f' of width {config["width"]}' * (len(width) == 1)
             + f', {n:,} images of {config["dataset"]}, {config["epochs"]} epochs\n'
             + f'{config["optimizer"]}' + f' at lr {config["lr"]:g}' * (len(lr) == 1)
+            + ', lr warm-up' * (len(warm) == 1 and warm != {0})
             + f', {config["eps_sched"]} eps' * (len(sched) == 1)
-            + f', {len({run.seed for run in group})} seeds')
+            + f', periods {"".join(periods)}' * (len(periods) == 1 and len(config['periods']) > 1)
+            + f', {n_seeds} seed{"s" * (n_seeds != 1)}')
 
 
 def budget(eps, dataset):
@@ -56,7 +60,9 @@ def by_eps(group, name, some=lambda run: True):
     found, budgets = {}, sorted({run.eps for run in group})
     for run in group:
         if getattr(run, name) and some(run):
-            key = (f'eps {budget(run.eps, run.config["dataset"])}',
+            stuck = [other.constant for other in group if other.eps == run.eps]
+            note = f' ({sum(stuck)} of {len(stuck)} constant classifiers)' * any(stuck)
+            key = (f'eps {budget(run.eps, run.config["dataset"])}{note}',
                    colormaps['viridis'](budgets.index(run.eps) / len(budgets)))
             found.setdefault(key, []).append(run)
     return found
@@ -106,12 +112,13 @@ def figure_2(group, path):
                        .reshape(-1, window).mean(1) for part in rows]
                 steps = rows[0][0]['step'] + window * (np.arange(len(cut[0])) + .5)
                 band(ax, steps, cut, eps, color=color)
-            ax.set(xlabel='update', ylabel=label, title='the end' if side.start else 'the start')
+            ax.set(xlabel='update', ylabel=label,
+                   title=f'{"last" if side.start else "first"} updates')
             if key == 'grad_norm':
                 ax.set_yscale('log')
             else:
                 ax.set_ylim(0, 1 if key == 'robust_error' else None)
-        axes[0].legend(loc='lower right', fontsize=8)
+        axes[1].legend(fontsize=8)
     return True
 
 
@@ -192,14 +199,18 @@ def figure_12(group, path):
             grids[eps] = a, b, np.array([[points[x, y] for y in b] for x in a])
     if len(grids) < 2:
         return False
+    losses = [loss for *_, loss in grids.values()]
+    lowest, highest = min(map(np.min, losses)), max(map(np.max, losses))
     with analysis.figure(path, len(grids), title(list(first.values()))) as axes:
         figure = axes[0].figure
         for i, (eps, (a, b, loss)) in enumerate(grids.items()):
             axes[i].remove()
             ax = figure.add_subplot(1, len(grids), i + 1, projection='3d')
-            ax.plot_surface(*np.meshgrid(a, b, indexing='ij'), loss, cmap='cividis')
-            ax.set_box_aspect(None, zoom=.8)
-            ax.set(xlabel='$a$', ylabel='$b$', title=f'$L_\\epsilon$, {eps}')
+            ax.plot_surface(*np.meshgrid(a, b, indexing='ij'), loss, cmap='cividis',
+                            vmin=lowest, vmax=highest)
+            ax.set_box_aspect(None, zoom=.85)
+            ax.set(xlabel='$a$', ylabel='$b$', zlim=(lowest, highest),
+                   title=f'$L_\\epsilon$, {eps}')
             ax.locator_params(nbins=4)
     return True
 
@@ -234,13 +245,16 @@ def figure_5(group, path):
     if sum(len(rates) > 1 for rates in found.values()) < 2:
         return False
     with analysis.figure(path, 1, title(group)) as (ax,):
-        for (kind, rates), mark in zip(sorted(found.items()), 'o^sD'):
+        looks = {'constant eps': dict(color='C0', marker='o', lw=4, ms=9),  # others may cover it
+                 'cosine eps': dict(color='C1', marker='^'), 'lr warm-up': dict(
+                     color='C4', marker='D', ls=':', mec='k'),
+                 'linear eps': dict(color='k', marker='s')}
+        for kind, rates in sorted(found.items()):
             lrs = sorted(rates)
             values = [[100 * error for error in rates[lr].values()] for lr in lrs]
             mean, half = np.array([[np.mean(v), np.std(v, ddof=1) if len(v) > 1 else 0]
                                    for v in values]).T
-            below = {'lw': 4, 'ms': 9} if kind == 'constant eps' else {}  # others may cover it
-            line, = ax.plot(lrs, mean, marker=mark, label=kind, **below)
+            line, = ax.plot(lrs, mean, label=kind, **looks.get(kind, {'marker': 'v'}))
             ax.fill_between(lrs, mean - half, mean + half, alpha=.2, color=line.get_color(), lw=0)
         ax.set(xscale='log', xlabel=f'learning rate of {group[0].config["optimizer"]}',
                ylabel=f'robust test error, %, PGD, n = {most:,}', ylim=(0, 100))

@@ -305,10 +305,11 @@ def landscape(runs, a):
         traced = ' or '.join(map(str, sorted({claims.traced(run) for run in group if run.trace})))
         text += (figures.title(group).replace('\n', ', ') + f', batch {config["batch_size"]}, PGD '
                  f'of {config["n_iter"]} steps of {config["step_size"]:.4g} at eps '
-                 f'{config["eps"]:.4g}. Of the training images, '
-                 + ', '.join(f'{" or ".join(map(str, size))} for {name}'
-                             for name, size in sizes.items() if size)
-                 + '. Mean ± deviation over seeds.'
+                 f'{config["eps"]:.4g}. '
+                 + ('Of the training images, ' + ', '.join(
+                     f'{" or ".join(map(str, size))} for {name}'
+                     for name, size in sizes.items() if size) + '. ') * any(sizes.values())
+                 + 'Mean ± deviation over seeds.'
                  + ' Gradient norms are means over the first tenth of the updates traced at the '
                    'start, {0}, and over the last {0}; the distance is that from theta_0 at '
                    'update {0}.'.format(traced) * bool(traced)
@@ -381,6 +382,10 @@ def main(argv=None):
                 written.append(name)
         older = sorted({path.name for path in out.iterdir() if path.is_file()}
                        - {*written, '.lock'})
+    waiting = [run.name for run in runs if not run.evaluations]
+    if waiting:
+        print(f'{len(waiting)} of {len(runs)} runs are not evaluated, so not in table1.md: '
+              + ', '.join(waiting))
     shown = table.split('## ')[1] if any(run.evaluations for run in runs) else ''
     print(f'{shown}{claims.summary(checked)}written to {out}: {", ".join(sorted(written))}'
           + f'\nnot of these runs, or older: {", ".join(older)}' * bool(older))

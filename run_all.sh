@@ -7,8 +7,9 @@
 #   bash run_all.sh --test    the tests
 #
 # Behind the first three, in any order:
-#   PART...      only these parts: table1 fig1 fig2 fig3 fig4 fig5 fig8 fig11 fig12 c22 c23 c24 c25,
-#                or appendix, which is fig8, fig11, fig12 and every c
+#   PART...      only these: table1 fig1 fig2 fig3 fig4 fig5 fig8 fig11 fig12, c22 (Hessian and
+#                similarity on MNIST), c23 (lr warm-up), c24 (dead layers), c25 (curves between
+#                minima), or appendix: fig8, fig11, fig12 and every c
 #   --list       prints the jobs as shell lines and runs nothing: Slurm, parallel or xargs can run
 #                them from here as they are, in any order and at once
 #   --shard I/N  every N-th job from the I-th on, for worker I of 1..N
@@ -16,8 +17,9 @@
 #   -- FLAGS     go to every train.py
 #
 # Finished jobs are skipped, interrupted ones go on, failed ones are named at the end, with logs.
-# SEEDS="0 1 2" are run, JOBS=1 at once, DATA_DIR=data holds mnist.npz and cifar10.npz. Set-up: the
-# packages of PYTHON=python3 if they are there, else a .venv is made here.
+# SEEDS="0 1 2" are run (0 1 of --small and --quick; c25 takes them two and two), JOBS=1 at once,
+# DATA_DIR=data holds mnist.npz and cifar10.npz. Set-up: the packages of PYTHON=python3 if they are
+# there, else a .venv is made here.
 set -euo pipefail
 
 # A table is made of jobs, a job of commands. PARTS says what of the paper a command is for; COST is
@@ -245,40 +247,43 @@ join() {
     local name
     for name in "$3" "$4"; do
         trained "$name"
-        add "$1" 0 "${commands[found]}"
+        add "$1" "${costs[found]}" "${commands[found]}"
     done
     also "$1" "$2" landscape.py connect "ckpts/$3" "ckpts/$4" "${@:5}"
 }
 
 choose() {  # sets lines to "NAME:COST:COMMAND && COMMAND ..." of the jobs that are asked for
-    local wanted=,$only, all i j n=0 part line cost
+    local wanted=,$only, i j n=0 part line cost of counted='|'
     set -f
     [[ $wanted != *,appendix,* ]] || wanted+=fig8,fig11,fig12,c22,c23,c24,c25,
-    all=,appendix,$(IFS=,; echo "${parts[*]}"),
     for part in ${only//,/ }; do
-        [[ $all == *,$part,* ]] || fail "there is no part '$part'; --help names them"
+        [[ " $known " == *" $part "* ]] || fail "there is no part '$part'; --help names them"
     done
     for i in "${!names[@]}"; do
-        line='' cost=0
+        line='' cost=0 of=,
         for j in "${!commands[@]}"; do
             [[ ${owner[j]} == "$i" ]] || continue
             for part in ${parts[j]//,/ }; do
                 [[ $wanted == ,, || $wanted == *,$part,* ]] || continue
-                line+="${line:+ && }${commands[j]}" cost=$((cost + costs[j]))
-                break
+                [[ $of == *,$part,* ]] || of+=$part,
+                [[ $line == *"${commands[j]}"* ]] || line+="${line:+ && }${commands[j]}"
+                [[ $counted != *"|${commands[j]}|"* ]] || continue  # a run counts once
+                cost=$((cost + costs[j])) counted+="${commands[j]}|"
             done
         done
         [[ -n $line ]] || continue
         n=$((n + 1))
         [[ $(((n - 1) % workers)) != $((worker - 1)) ]] || lines+=("${names[i]}:$cost:$line")
+        of=${of#,} about+=("${of%,}")
     done
+    [[ $n -gt 0 ]] || fail "nothing to do for $only with SEEDS=\"$seeds\" in this table"
 }
 
 list() {
-    local job rest total=0
+    local job rest total=0 i=0
     for job in ${lines[@]+"${lines[@]}"}; do
         rest=${job#*:}
-        echo "$prefix${rest#*:} # ${rest%%:*} $unit"
+        echo "$prefix${rest#*:} # ${rest%%:*} $unit, for ${about[worker - 1 + workers * i++]}"
         total=$((total + ${rest%%:*}))
     done
     echo "${#lines[@]} jobs, $total $unit" >&2
@@ -449,7 +454,8 @@ main() {
         esac
         shift
     done
-    data='' seeds=${SEEDS:-0 1 2} results=results lines=()
+    data='' seeds=${SEEDS:-0 1 2} results=results lines=() about=()
+    known='table1 fig1 fig2 fig3 fig4 fig5 fig8 fig11 fig12 c22 c23 c24 c25 appendix'
     if [[ -n ${DATA_DIR:-} ]]; then
         data=" --data-dir $(cd "$started" && cd "$DATA_DIR" && printf %q "$PWD")" ||
             fail "DATA_DIR=$DATA_DIR is no folder"
