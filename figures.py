@@ -147,7 +147,7 @@ def figure_3(group, path):
         for ax in axes:
             ax.set(xlabel='number, by magnitude', yscale='log')
             ax.xaxis.get_major_locator().set_params(integer=True)
-        axes[0].legend()
+        axes[0].legend(loc='upper right', fontsize=8)
     return True
 
 
@@ -201,11 +201,13 @@ def figure_12(group, path):
         return False
     losses = [loss for *_, loss in grids.values()]
     lowest, highest = min(map(np.min, losses)), max(map(np.max, losses))
-    with analysis.figure(path, len(grids), title(list(first.values()))) as axes:
+    columns, rows = min(3, len(grids)), -(-len(grids) // 3)
+    with analysis.figure(path, columns, title(list(first.values())), rows) as axes:
         figure = axes[0].figure
+        for ax in axes:
+            ax.remove()
         for i, (eps, (a, b, loss)) in enumerate(grids.items()):
-            axes[i].remove()
-            ax = figure.add_subplot(1, len(grids), i + 1, projection='3d')
+            ax = figure.add_subplot(rows, columns, i + 1, projection='3d')
             ax.plot_surface(*np.meshgrid(a, b, indexing='ij'), loss, cmap='cividis',
                             vmin=lowest, vmax=highest)
             ax.set_box_aspect(None, zoom=.85)
