@@ -315,7 +315,8 @@ work() {  # NUMBER:NAME:COST:LINE: runs a job
     local number=${1%%:*} name line folders folder began=$SECONDS log new
     line=${1#*:} name=${line%%:*} line=${line#*:*:}
     log=logs/$name.log new=logs/.$name.$$.done
-    kill -0 "$runner" 2> /dev/null || exit 255  # then xargs stops, too
+    kill -0 "$runner" 2> /dev/null || exit 255  # what began this is gone; xargs stops, too
+    [[ $(ps -o stat= -p "$runner" 2> /dev/null) != Z* ]] || exit 255
     trap 'exit 255' INT
     echo "$number $name ..."
     intact "$name" || rm -f "logs/$name.done"

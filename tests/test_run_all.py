@@ -239,8 +239,7 @@ def test_killed_by_force_it_begins_no_further_job_and_goes_on_when_started_again
     process = start(bench)
     while not (bench / 'held').exists():
         time.sleep(.05)
-    process.kill()
-    process.wait()
+    process.kill()  # it stays a zombie until it is waited for
     (bench / 'hold').unlink()
     process.communicate()  # until what it left has ended, too
     assert 'train.py --out ckpts/last' not in commands(bench)
