@@ -2,7 +2,7 @@
 # The experiments of the paper. What a row does not say is train.py's default, which is the paper's.
 #
 #   bash run_all.sh           the whole paper, on a GPU: Table 1, all figures, appendix C.2
-#   bash run_all.sh --small   the same, small: a night on two CPU cores
+#   bash run_all.sh --small   the same, small: hours on two CPU cores
 #   bash run_all.sh --quick   the same in miniature: some minutes on two CPU cores
 #   bash run_all.sh --test    the tests
 #
@@ -352,7 +352,7 @@ no_gpu() {
         rest=${job#*:} total=$((total + ${rest%%:*}))
     done
     fail "no GPU is here. These ${#lines[@]} jobs take about $((total / 60)) hours of one, and a" \
-        "CPU core some hundred times as long. Use --quick, which takes minutes, --small, a night," \
+        "CPU core some hundred times as long. Use --quick, which takes minutes, --small, hours," \
         "or --cpu to begin all the same"
 }
 
