@@ -239,6 +239,11 @@ def test_every_figure_is_drawn_where_its_numbers_are(tmp_path):
                     {'loss': 1 / (i + 1), 'predicted_classes': 10, 'seconds': 1} for i in range(3)])
                 head = record.load(folder / 'dead_n50.json')
                 other = record.load((tmp_path / 'runs' / f'{width}{eps}0') / 'dead_n50.json')
+                if width == 2:  # of which only C.2.4 is drawn
+                    for name in ('hessian_n50.json', 'similarity_n50.json', 'trace.jsonl',
+                                 'log.jsonl'):
+                        (folder / name).unlink()
+                    continue
                 record.save(folder / 'surface.json', head | {'points': grid})
                 record.save(folder / 'connect_x.json', head | {'other': other['digest'],
                     'curve': 'bezier', 'barriers': {'line': 1, 'bezier': 1}, 'n_control': 5,
@@ -256,7 +261,7 @@ def test_every_figure_is_drawn_where_its_numbers_are(tmp_path):
                  tmp_path / 'out')
     drawn = {path.name for path in (tmp_path / 'out').iterdir() if path.stat().st_size > 5000}
     assert drawn == {'fig1.png', 'fig5_mnist.png', 'c23_mnist.png', 'c24_mnist5k.png'} | {
-        f'{name}_mnist5k_lenet_{width}_constant.png' for width in (1, 2)
+        f'{name}_mnist5k_lenet_1_constant.png'
         for name in ('fig8', 'fig3', 'fig4', 'fig11', 'fig12', 'c25')}
 
 
