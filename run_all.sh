@@ -17,9 +17,9 @@
 #   -- FLAGS     go to every train.py
 #
 # Finished jobs are skipped, interrupted ones go on, failed ones are named at the end, with logs.
-# SEEDS="0 1 2" are run (0 1 of --small and --quick; c25 takes them two and two), JOBS=1 at once,
-# DATA_DIR=data holds mnist.npz and cifar10.npz. Set-up: the packages of PYTHON=python3 if they are
-# there, else a .venv is made here.
+# SEEDS="0 1 2" are run (0 1 of --small and --quick; c25 takes them two and two), JOBS=1 at once (a
+# job a core for --small and --quick). DATA_DIR=data holds mnist.npz and cifar10.npz. Set-up: the
+# packages of PYTHON=python3 if they are there, else a .venv is made here.
 set -euo pipefail
 
 # A table is made of jobs, a job of commands. PARTS says what of the paper a command is for; COST is
