@@ -180,7 +180,7 @@ def title(head):
             f'n = {head["n"]:,} of {head["dataset"]}')
 
 
-DPI = 150
+DPI, LAYOUT = 150, 'constrained'
 
 
 @contextlib.contextmanager
@@ -188,7 +188,7 @@ def figure(path, columns=1, title='', rows=1):
     """Yields rows x columns axes, in a row, to draw on; on leaving they become the PNG `path`."""
     from matplotlib import figure, style
     with style.context('tableau-colorblind10'):
-        drawing = figure.Figure(figsize=(5 * columns, 4 * rows), layout='constrained')
+        drawing = figure.Figure(figsize=(5 * columns, 4 * rows), layout=LAYOUT)
         yield drawing.subplots(rows, columns, squeeze=False).flatten()
         drawing.suptitle(title)
         record.replace(path, lambda file: drawing.savefig(file, format='png', dpi=DPI))

@@ -4,6 +4,7 @@ import statistics
 import pytest
 import torch
 
+import analysis
 import claims
 import figures
 import record
@@ -225,7 +226,8 @@ def test_a_run_of_eps_0_belongs_to_every_family_it_fits(tmp_path):
 
 # figures
 
-def test_every_figure_is_drawn_where_its_numbers_are(tmp_path):
+def test_every_figure_is_drawn_where_its_numbers_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, 'LAYOUT', 'constrained')
     grid = [{'a': a, 'b': b, 'loss': a * a + b, 'robust_error': .5}
             for a in (0., .5, 1.) for b in (0., .5)]
     for width in 1, 2:
