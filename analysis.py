@@ -5,7 +5,6 @@ in eval mode and in float32 without TF32 (or float64).
 """
 import contextlib
 import functools
-import hashlib
 import math
 import pathlib
 from types import SimpleNamespace
@@ -43,7 +42,7 @@ def subject(path, args):
         raise ValueError(f'--n-examples {args.n_examples}: {path} was trained on {n_train} images')
     index = data.subset(len(x), args.n_examples or n_train)
     dtype = torch.float64 if args.float64 else torch.float32
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = record.digest(file)
     folder = pathlib.Path(path)
     if not folder.is_dir():
         folder = pathlib.Path('evals', f'checkpoint_{digest[:10]}')
@@ -132,7 +131,7 @@ def sound(path):
     """Inside, what is at `path` is read; if it is not as its script writes it, a ValueError."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f'{path} is damaged or no result of this script ({type(error).__name__}: '
                          f'{error}); delete it, and it is computed again') from error
 
@@ -168,8 +167,7 @@ def resume(path, head, device):
     if any(result.get(key) != head[key] for key in head if key != 'checkpoint'):
         print(f'{path} is of another checkpoint or of other settings; it is replaced')
         result = head | {'sessions': []}
-    session = record.describe(device)
-    result['sessions'] += [session] * (session not in result['sessions'])
+    record.sign(result, device)
     return result
 
 

@@ -7,6 +7,7 @@ import math
 import statistics
 from types import SimpleNamespace
 
+import attack
 import figures
 import study
 
@@ -15,7 +16,7 @@ RULE = ('of 2 seeds or more that differ: holds if the whole interval is above 0,
 EACH = 'holds if each value is above 0, else does not'
 COUNT = ('of 3 seeds or more: holds if each value is above 0, does not if none is, else not enough '
          'data')
-ATTACKS = 'pgd', 'pgd100', 'apgd100_ce', 'apgd100_dlr', 'square5k'
+ATTACKS = tuple(attack.TITLES)
 TASKS = {('mnist', 'lenet'): 'MNIST LeNet', ('cifar10', 'vgg'): 'CIFAR10 VGG',
          ('cifar10', 'resnet18'): 'CIFAR10 ResNet18'}
 # 97.5 % quantile of Student's t, by degrees of freedom
@@ -197,23 +198,23 @@ def of_budgets(group, _=None):
     trained = [run for run in group if not run.constant]
     stuck = f', constant classifiers left out: {len(group) - len(trained)}'
     stuck *= len(group) > len(trained)
-    updates, images = (lambda run: run.trace and traced(run)), (
-        lambda run: run.hessian and run.hessian['n'])
+    updates = (lambda run: run.trace and traced(run)), 'updates'
+    examples = (lambda run: run.hessian and run.hessian['n']), 'images'
     for claim, measure, runs, (size, unit), sign, measured, figure in (
             ('a larger eps gives smaller gradients at first', lambda run: gradient(run, False),
-             group, (updates, 'updates'), -1,
+             group, updates, -1,
              'fall of the mean gradient norm, first tenth of the traced start', 'Figures 2a, 8'),
             ('a larger eps gives larger gradients in the end', lambda run: gradient(run, True),
-             trained, (updates, 'updates'), 1, 'rise of the mean gradient norm, traced end',
+             trained, updates, 1, 'rise of the mean gradient norm, traced end',
              'Figures 2d, 8'),
-            ('a larger eps gives sharper minima', sharpness, trained, (images, 'images'), 1,
+            ('a larger eps gives sharper minima', sharpness, trained, examples, 1,
              'rise of the normalised top eigenvalue', 'Figure 3')):
         left_out = stuck * (runs is trained)
         runs, n = largest(runs, size)
         at = {}
         for run in runs:
-            if (measure(run) or 0) > 0:
-                at.setdefault(run.seed, {})[run.eps] = measure(run)
+            if (value := measure(run) or 0) > 0:
+                at.setdefault(run.seed, {})[run.eps] = value
         points, budgets = shared(at, least=2)
         note = f'{len(budgets)} budgets to {max(budgets):.3g}, {n} {unit}' if points else ''
         yield row(claim, '', f'{measured}, decades from the smallest eps to the largest',

@@ -144,7 +144,7 @@ def plan(paths, args):
                              f'{", ".join(str(run[name]) for run in runs)}; '
                              'say with --eps at which budget to attack')
     eps = runs[0]['eps'] if args.eps is None else args.eps
-    digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in members]
+    digests = [record.digest(file) for file, _ in members]
     folder = pathlib.Path(paths[0])
     if len(paths) > 1 or folder.is_file():
         name = hashlib.sha256(f'{sorted(digests)} {dataset} {eps}'.encode()).hexdigest()[:10]
@@ -199,8 +199,7 @@ def main(argv=None):
               f'seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
         with record.lock(out.parent, args.wait), models.tf32(False):
             result, right = kept(out, head, index)
-            session = record.describe(args.device)
-            result['sessions'] += [session] * (session not in result['sessions'])
+            record.sign(result, args.device)
             model = model.to(args.device, memory_format=torch.channels_last)
             evaluate(model, x[index], y[index], index, {key: attacks[key] for key in args.attacks},
                      args.seed, out, result, right, args.batch_size)

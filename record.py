@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -176,6 +177,17 @@ def config_of(folder):
             0 <= config['eps'] <= 1 and (config.get('n_train') or 1) > 0):
         raise ValueError(f'{path} is damaged; without it the run must begin again, elsewhere')
     return config
+
+
+def digest(path):
+    """What tells a checkpoint from any other: the SHA-256 of the file."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+
+
+def sign(result, device):
+    """Adds to result['sessions'] that this machine and commit worked on it."""
+    session = describe(device)
+    result['sessions'] += [session] * (session not in result['sessions'])
 
 
 def describe(device):

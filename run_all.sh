@@ -252,7 +252,7 @@ join() {
     also "$1" "$2" landscape.py connect "ckpts/$3" "ckpts/$4" "${@:5}"
 }
 
-choose() {  # sets lines to "NAME:COST:COMMAND && COMMAND ..." of the jobs that are asked for
+choose() {  # sets lines to "NAME:COST:COMMAND && COMMAND ..." of the jobs asked for, total to COSTs
     local wanted=,$only, i j n=0 part line cost of counted='|'
     set -f
     [[ $wanted != *,appendix,* ]] || wanted+=fig8,fig11,fig12,c22,c23,c24,c25,
@@ -273,18 +273,18 @@ choose() {  # sets lines to "NAME:COST:COMMAND && COMMAND ..." of the jobs that 
         done
         [[ -n $line ]] || continue
         n=$((n + 1))
-        [[ $(((n - 1) % workers)) != $((worker - 1)) ]] || lines+=("${names[i]}:$cost:$line")
-        of=${of#,} about+=("${of%,}")
+        [[ $(((n - 1) % workers)) == $((worker - 1)) ]] || continue
+        of=${of#,}
+        lines+=("${names[i]}:$cost:$line") about+=("${of%,}") total=$((total + cost))
     done
     [[ $n -gt 0 ]] || fail "nothing to do for $only with SEEDS=\"$seeds\" in this table"
 }
 
 list() {
-    local job rest total=0 i=0
+    local job rest i=0
     for job in ${lines[@]+"${lines[@]}"}; do
         rest=${job#*:}
-        echo "$prefix${rest#*:} # ${rest%%:*} $unit, for ${about[worker - 1 + workers * i++]}"
-        total=$((total + ${rest%%:*}))
+        echo "$prefix${rest#*:} # ${rest%%:*} $unit, for ${about[i++]}"
     done
     echo "${#lines[@]} jobs, $total $unit" >&2
 }
@@ -347,10 +347,6 @@ work() {  # NUMBER:NAME:COST:LINE: runs a job
 }
 
 no_gpu() {
-    local job rest total=0
-    for job in ${lines[@]+"${lines[@]}"}; do
-        rest=${job#*:} total=$((total + ${rest%%:*}))
-    done
     fail "no GPU is here. These ${#lines[@]} jobs take about $((total / 60)) hours of one, and a" \
         "CPU core some hundred times as long. Use --quick, which takes minutes, --small, hours," \
         "or --cpu to begin all the same"
@@ -455,7 +451,7 @@ main() {
         esac
         shift
     done
-    data='' seeds=${SEEDS:-0 1 2} results=results lines=() about=()
+    data='' seeds=${SEEDS:-0 1 2} results=results lines=() about=() total=0
     known='table1 fig1 fig2 fig3 fig4 fig5 fig8 fig11 fig12 c22 c23 c24 c25 appendix'
     if [[ -n ${DATA_DIR:-} ]]; then
         data=" --data-dir $(cd "$started" && cd "$DATA_DIR" && printf %q "$PWD")" ||

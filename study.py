@@ -1,5 +1,4 @@
 """What has been measured: runs with their results, and which of them may be put side by side."""
-import hashlib
 import math
 import os
 import pathlib
@@ -28,8 +27,8 @@ def read(folder):
     config, trace = record.config_of(folder), folder / 'trace.jsonl'
     with analysis.sound(f'a result in {folder}'):
         done = record.finished(folder)
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest()
-                   for path in record.period_files(folder, config)] if done else [None]
+        digests = list(map(record.digest, record.period_files(folder, config))
+                       ) if done else [None]
         digest = digests[-1]
         log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
         run = SimpleNamespace(
@@ -77,7 +76,7 @@ def look(run):
 
 
 def find(folders):
-    """The runs in these folders, each once, and in `default` (ckpts) if none is named."""
+    """The runs in these folders, each once; all in ckpts/ if none is named."""
     if not folders:
         folders = [path.parent for path in sorted(pathlib.Path('ckpts').glob('*/config.json'))]
     runs = [read(folder) for folder in dict.fromkeys(map(os.path.realpath, folders))]
