@@ -12,7 +12,6 @@ fate of other images.
 
 All raise ValueError for images outside [0, 1], eps < 0, counts < 1 and logits that are nan.
 """
-import contextlib
 import functools
 import inspect
 import math
@@ -22,24 +21,11 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+import models
+
 
 class NotFiniteError(ValueError):
     """A model returned nan, or its loss is nan or infinite."""
-
-
-@contextlib.contextmanager
-def frozen(model):
-    """Inside, `model` is in eval mode, its parameters need no gradient; after, all is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, requires_grad in grads:
-            parameter.requires_grad_(requires_grad)
 
 
 def attack(run):
@@ -74,7 +60,7 @@ def attack(run):
             raise ValueError(f'{run.__name__}: {len(x)} images '
                              f'but {len(a["index"])} entries of index')
         a['index'] = a['index'].to(x.device)
-        with frozen(a['model']), torch.no_grad():
+        with models.frozen(a['model']), torch.no_grad():
             return run(*call.args, **call.kwargs)
     return checked
 
@@ -89,16 +75,87 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
     width, total, x_adv = step_size if start is None else start, x.new_zeros(()), x.clone()
     for i in range(0, len(x), batch_size):
         rows = slice(i, i + batch_size)
-        z = x_adv[rows]  # a view: steps in place are steps of x_adv
-        low, high = box(x[rows], eps)
-        noise = uniform('pgd', seed, index[rows], x.shape[1:], x).mul_(2).sub_(1)
-        z.add_(noise, alpha=width).clamp_(low, high)
-        for _ in range(n_iter):
-            loss, _, grad = loss_and_gradient(model, z, y[rows], cross_entropy)
-            z.add_(grad.sign_(), alpha=step_size).clamp_(low, high)
-            total.add_(loss.sum())
+        noise = uniform('pgd', seed, index[rows], x.shape[1:], x)
+        total += ascend(model, x[rows], y[rows], noise, x_adv[rows], eps, step_size, n_iter, width)
     refuse_nan(total)
     return x_adv
+
+
+def ascend(model, x, y, noise, x_adv, eps, step_size, n_iter, width):
+    """The loop of `pgd`: turns `x_adv` into its result for a start drawn with `noise` in [0, 1).
+
+    eps, step_size and width, the start's, may be tensors, (). Returns the sum of all losses, ().
+    Nothing here waits for the device.
+    """
+    (low, high), total = box(x, eps), x.new_zeros(())
+    x_adv.copy_(x).add_((2 * noise - 1).mul_(width)).clamp_(low, high)
+    for _ in range(n_iter):
+        loss, _, grad = loss_and_gradient(model, x_adv, y, cross_entropy)
+        x_adv.add_(grad.sign_().mul_(step_size)).clamp_(low, high)
+        total.add_(loss.sum())
+    return total
+
+
+class Adversary:
+    """The attacker of a model in training: `pgd`, set up once for all batches.
+
+    adversary(x, y, eps, step_size, start=..., seed=...) is pgd(model, x, y, eps, step_size, n_iter,
+    ...) but for rounding: the attacked network is `models.folded`, as the parameters are at the
+    call. On cuda the whole loop, folding included, is captured as a CUDA graph at the first batch
+    of each shape; budgets are tensors in it, so that a schedule needs no other. Nothing waits for
+    the device; hence no value is checked: a nan shows in the loss of the update.
+
+    `compiled` is applied to the network (torch.compile); `captured` to the loop, a function without
+    arguments, unless None: `captured` of this module on cuda, nothing elsewhere.
+    """
+
+    def __init__(self, model, n_iter, *, compiled=None, captured=None):
+        self.model, self.n_iter, self.captured, self.loops = model, n_iter, captured, {}
+        self.folded = models.folded(model)
+        self.network = compiled(self.folded) if compiled else self.folded
+
+    def __call__(self, x, y, eps, step_size, *, start=None, seed=0):
+        if x.shape not in self.loops:
+            self.loops[x.shape] = self.loop(x, y)
+        s, replay = self.loops[x.shape]
+        noise = uniform('pgd', seed, s.index, x.shape[1:], x)
+        width = step_size if start is None else start
+        for fixed, new in (s.x, x), (s.y, y), (s.noise, noise):
+            fixed.copy_(new)
+        for fixed, new in (s.eps, eps), (s.step_size, step_size), (s.width, width):
+            fixed.fill_(new)
+        replay()
+        return s.x_adv.clone()
+
+    def loop(self, x, y):
+        """Tensors for the arguments and the result of one shape of batches, and what fills them."""
+        s = SimpleNamespace(
+            x=x.clone(), y=y.clone(), noise=torch.empty_like(x), x_adv=torch.empty_like(x),
+            index=torch.arange(len(x), device=x.device),
+            **{name: x.new_zeros(()) for name in ('eps', 'step_size', 'width')})
+
+        def run():
+            with models.frozen(self.model), torch.no_grad():
+                self.folded.refold()
+                ascend(self.network, s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size, self.n_iter,
+                       s.width)
+
+        capture = self.captured or (captured if x.is_cuda else None)
+        return s, capture(run) if capture else run
+
+
+def captured(run):
+    """run, a function of what lies in fixed tensors on a cuda device, as one replayed CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries and compilers set themselves up
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 @attack
@@ -115,64 +172,82 @@ def apgd(model, x, y, eps, n_iter=100, n_restarts=1, loss='ce', *, rho=.75, best
     if loss not in LOSSES:
         raise ValueError(f'apgd: loss must be one of {", ".join(LOSSES)}, got {loss!r}')
     # a misclassified point counts as an infinite loss
-    x_adv, best = x.clone(), x.new_full((len(x),), -math.inf)
+    x_adv, best, total = x.clone(), x.new_full((len(x),), -math.inf), x.new_zeros(())
     if not best_loss:
         best[~correct(model, x, y, batch_size)] = math.inf
-    for restart in range(n_restarts):
-        for rows in (best < math.inf).nonzero().squeeze(1).split(batch_size):
-            noise = uniform(f'apgd {loss}', seed, index[rows], x.shape[1:], x, restart)
-            x_run, best_run = _apgd_run(model, x[rows], y[rows], eps, n_iter, LOSSES[loss], rho,
-                                        best_loss, noise)
-            better = best_run > best[rows]
-            x_adv[rows[better]], best[rows[better]] = x_run[better], best_run[better]
+    waiting = (best < math.inf).nonzero().squeeze(1)
+    restarts, checkpoints = torch.zeros_like(y), y.new_tensor(apgd_checkpoints(n_iter))
+    s = apgd_begin(x[:0], y[:0], waiting[:0], x[:0], eps)
+    while len(waiting) + len(s.rows):
+        new, waiting = waiting.tensor_split([batch_size - len(s.rows)])
+        noise = uniform(f'apgd {loss}', seed, index[new], x.shape[1:], x, restarts[new])
+        begun = apgd_begin(x[new], y[new], new, noise, eps)
+        s = SimpleNamespace(**{name: torch.cat([state, getattr(begun, name)])
+                               for name, state in vars(s).items()})
+        for _ in range(min(4, n_iter + 1 - int(s.k.max()))):
+            total += apgd_step(s, model, LOSSES[loss], checkpoints, rho, best_loss)
+        done = (s.k > n_iter) | (s.loss_best == math.inf)
+        ended, going = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
+        rows = s.rows[ended]
+        better = s.loss_best[ended] > best[rows]
+        x_adv[rows] = torch.where(per_image(better), s.x_best[ended], x_adv[rows])
+        best[rows] = torch.maximum(s.loss_best[ended], best[rows])
+        restarts[rows] += 1
+        again = (restarts[rows] < n_restarts) & (best[rows] < math.inf)
+        waiting = torch.cat([waiting, rows[again]])
+        s = SimpleNamespace(**{name: state[going] for name, state in vars(s).items()})
+    refuse_nan(total)
     return x_adv
 
 
-def _apgd_run(model, x, y, eps, n_iter, criterion, rho, best_loss, noise):
-    """One run of APGD from a start drawn with `noise` in [0, 1): best points and their losses."""
-    def measure(x_adv, y):
-        loss, logits, grad = loss_and_gradient(model, x_adv, y, criterion)
-        total.add_(loss.sum())
-        return loss if best_loss else loss.masked_fill(logits.argmax(1) != y, math.inf), grad
+def apgd_begin(x, y, rows, noise, eps):
+    """The state of APGD of each image at its start, drawn with `noise` in [0, 1).
 
-    total = x.new_zeros(())
+    `rows` are the places of the images. x_k is to be evaluated, x_j the best so far; all losses are
+    yet unknown: none rises above infinity, none is as low as -infinity.
+    """
     low, high = box(x, eps)
     noise = 2 * noise - 1
-    x_adv = torch.clamp(x + eps * noise / noise.abs().amax((1, 2, 3), keepdim=True), low, high)
-    loss, grad = measure(x_adv, y)
-    s = SimpleNamespace(  # the state of each image
-        rows=torch.arange(len(x), device=x.device), y=y, low=low, high=high, x_adv=x_adv,
-        x_prev=x_adv, loss=loss, grad=grad, x_best=x_adv, loss_best=loss, grad_best=grad,
-        eta=torch.full_like(loss, 2 * eps), rises=torch.zeros_like(loss), loss_mark=loss,
-        halved=torch.ones_like(loss, dtype=torch.bool))
-    x_out, loss_out, mark = x_adv.clone(), loss.clone(), 0
-    for k in range(1, n_iter + 1):
-        if k % 4 == 1 and not best_loss:  # images that are done leave the batch
-            x_out[s.rows], loss_out[s.rows] = s.x_best, s.loss_best
-            standing = s.loss_best < math.inf
-            s = SimpleNamespace(**{name: state[standing] for name, state in vars(s).items()})
-            if len(s.rows) == 0:
-                break
-        step = torch.clamp(s.x_adv + per_image(s.eta) * s.grad.sign(), s.low, s.high) - s.x_adv
-        if k > 1:
-            step = .75 * step + .25 * (s.x_adv - s.x_prev)
-        s.x_prev, s.x_adv, loss_prev = s.x_adv, torch.clamp(s.x_adv + step, s.low, s.high), s.loss
-        s.loss, s.grad = measure(s.x_adv, s.y)
-        s.rises = s.rises + (s.loss > loss_prev)
-        better = s.loss > s.loss_best
-        s.loss_best = torch.where(better, s.loss, s.loss_best)
-        s.x_best = torch.where(per_image(better), s.x_adv, s.x_best)
-        s.grad_best = torch.where(per_image(better), s.grad, s.grad_best)
-        if k in apgd_checkpoints(n_iter):
-            halve = (s.rises < rho * (k - mark)) | ~s.halved & (s.loss_best <= s.loss_mark)
-            s.eta = torch.where(halve, s.eta / 2, s.eta)
-            s.loss = torch.where(halve, s.loss_best, s.loss)
-            s.x_adv = torch.where(per_image(halve), s.x_best, s.x_adv)
-            s.grad = torch.where(per_image(halve), s.grad_best, s.grad)
-            s.halved, s.loss_mark, s.rises, mark = halve, s.loss_best, torch.zeros_like(s.rises), k
-    x_out[s.rows], loss_out[s.rows] = s.x_best, s.loss_best
-    refuse_nan(total)
-    return x_out, loss_out
+    x_k = torch.clamp(x + eps * noise / noise.abs().amax((1, 2, 3), keepdim=True), low, high)
+    zeros = x.new_zeros(len(x))
+    return SimpleNamespace(
+        rows=rows, y=y, low=low, high=high, k=torch.zeros_like(y), x_k=x_k, x_prev=x_k,
+        loss=zeros + math.inf, x_best=x_k, loss_best=zeros - math.inf, grad_best=torch.zeros_like(x),
+        eta=zeros + 2 * eps, rises=zeros, mark=zeros, loss_mark=zeros - math.inf,
+        halved=zeros.bool())
+
+
+def apgd_step(s, model, criterion, checkpoints, rho, best_loss):
+    """Evaluates the k-th point of each image, each at a k of its own, and moves to the next.
+
+    Returns the sum of the losses, ().
+    """
+    loss, logits, grad = loss_and_gradient(model, s.x_k, s.y, criterion)
+    total = loss.sum()
+    if not best_loss:
+        loss = loss.masked_fill(logits.argmax(1) != s.y, math.inf)
+    s.rises = s.rises + (loss > s.loss)
+    better = loss > s.loss_best
+    s.loss_best = torch.where(better, loss, s.loss_best)
+    s.x_best = torch.where(per_image(better), s.x_k, s.x_best)
+    s.grad_best = torch.where(per_image(better), grad, s.grad_best)
+    # at a checkpoint the step may be halved, and the search goes back to the best point
+    check = torch.isin(s.k, checkpoints)
+    halve = check & ((s.rises < rho * (s.k - s.mark)) | ~s.halved & (s.loss_best <= s.loss_mark))
+    s.eta = torch.where(halve, s.eta / 2, s.eta)
+    s.loss = torch.where(halve, s.loss_best, loss)
+    x_k = torch.where(per_image(halve), s.x_best, s.x_k)
+    grad = torch.where(per_image(halve), s.grad_best, grad)
+    s.halved = torch.where(check, halve, s.halved)
+    s.loss_mark = torch.where(check, s.loss_best, s.loss_mark)
+    s.rises = s.rises.masked_fill(check, 0)
+    s.mark = torch.where(check, s.k, s.mark)
+    # z, then the step towards it with momentum but in the first one
+    step = torch.clamp(x_k + per_image(s.eta) * grad.sign(), s.low, s.high) - x_k
+    a = per_image(1 - .25 * (s.k > 0))
+    s.x_prev, s.x_k = x_k, torch.clamp(x_k + a * step + (1 - a) * (x_k - s.x_prev), s.low, s.high)
+    s.k = s.k + 1
+    return total
 
 
 @functools.cache
@@ -256,7 +331,7 @@ TITLES = {'pgd': 'PGD', 'pgd100': 'PGD100', 'apgd100_ce': 'APGD100-CE',
 def predict(model, x, batch_size=250):
     """The classes that the model, in eval mode, predicts for x: (N,) int64."""
     classes = torch.empty(len(x), dtype=torch.long, device=x.device)
-    with frozen(model), torch.no_grad():
+    with models.frozen(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
             logits = model(x[i:i + batch_size])
             refuse_nan(logits.sum())
@@ -275,7 +350,7 @@ def mean_loss(model, x, y, batch_size=250):
     Of adversarial examples they are L_eps (Eq. 1) and the robust error, as the attack sees them.
     """
     loss, errors = x.new_zeros((), dtype=torch.float64), 0
-    with frozen(model), torch.no_grad():
+    with models.frozen(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
             logits, labels = model(x[i:i + batch_size]), y[i:i + batch_size]
             refuse_nan(logits.sum())
@@ -343,9 +418,8 @@ def uniform(name, seed, index, shape, like, stream=0):
     the image's index and the stream (these two may broadcast), so they are the same in any batch,
     order and device. They are those of SplitMix64 (Steele et al. 2014), seeded by the four.
     """
-    key = torch.tensor(derive(zlib.crc32(name.encode()), seed), device=like.device)
-    for word in index, stream:
-        key = splitmix64(key + word)
+    key = index + derive(zlib.crc32(name.encode()), seed)
+    key = splitmix64(splitmix64(key) + stream)
     counter = torch.arange(1, math.prod(shape) + 1, device=like.device)
     bits = splitmix64(key[..., None] + counter * -0x61C8864680B583EB)
     return ((bits >> 40) & 0xFFFFFF).to(like.dtype).mul_(2 ** -24).reshape(*key.shape, *shape)

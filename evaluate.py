@@ -200,7 +200,7 @@ def main(argv=None):
         with record.lock(out.parent, args.wait), models.tf32(False):
             result, right = kept(out, head, index)
             record.sign(result, args.device)
-            model = model.to(args.device, memory_format=torch.channels_last)
+            model = models.folded(model.to(args.device, memory_format=torch.channels_last))
             evaluate(model, x[index], y[index], index, {key: attacks[key] for key in args.attacks},
                      args.seed, out, result, right, args.batch_size)
 

@@ -32,7 +32,7 @@ def hvp(model, x, y, v, batch_size=250):
     """
     total = torch.zeros_like(v)
     theta = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-    with attack.frozen(model):
+    with models.frozen(model):
         for i in range(0, len(x), batch_size):
             logits = functional_call(model, theta, (x[i:i + batch_size],))
             loss = F.cross_entropy(logits, y[i:i + batch_size], reduction='sum') / len(x)
@@ -330,7 +330,8 @@ def scale(subject, n_draws, seed):
                     module.reset_parameters()
             s.model.to(s.x)
             analysis.recompute_bn(s)
-            losses.append(attack.mean_loss(s.model, s.pgd(s.model, s.x, s.y), s.y)[0])
+            model = models.folded(s.model)
+            losses.append(attack.mean_loss(model, s.pgd(model, s.x, s.y), s.y)[0])
             bar.update()
     return {'mean': statistics.mean(losses), 'losses': losses, 'n_draws': n_draws, 'n': len(rows),
             'law': 'PyTorch initialiser'}
@@ -360,7 +361,7 @@ def analyse(s, args):
 
         @functools.cache
         def x_adv():  # made once, then held fixed
-            return s.pgd(s.model, s.x, s.y, seed=args.seed)
+            return s.pgd(models.folded(s.model), s.x, s.y, seed=args.seed)
 
         def matvec(v):
             return hvp(s.model, x_adv(), s.y, v, args.batch_size)

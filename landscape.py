@@ -132,8 +132,9 @@ def similarity(args):
             for sign in errors:
                 own = args.starts == 'independent' and sign < 0
                 with shifted(s.model, sign * a * directions[direction]):
-                    x_adv[sign] = s.pgd(s.model, s.x, s.y, seed=attack.derive(args.seed, run, own))
-                    errors[sign].append(attack.mean_loss(s.model, x_adv[sign], s.y)[1])
+                    model = models.folded(s.model)
+                    x_adv[sign] = s.pgd(model, s.x, s.y, seed=attack.derive(args.seed, run, own))
+                    errors[sign].append(attack.mean_loss(model, x_adv[sign], s.y)[1])
             rows.append(cosines(s.x, x_adv[+1], x_adv[-1]))
         means = [row.nanmean().item() for row in rows if not row.isnan().all()]
         return {'cosine': statistics.mean(means) if means else None,
@@ -195,14 +196,15 @@ def surface(args):
         directions, source = [filter_normalised(s.model, args.seed, i) for i in (5, 6)], None
     x_fixed = None
     if args.adversarial == 'fixed':
-        x_fixed = s.pgd(s.model, s.x, s.y, seed=args.seed)
+        x_fixed = s.pgd(models.folded(s.model), s.x, s.y, seed=args.seed)
 
     def compute(a, b):
         with shifted(s.model, a * directions[0] + b * directions[1]):
             if args.recompute_bn:
                 analysis.recompute_bn(s, x_fixed, seed=args.seed)
-            x_adv = s.pgd(s.model, s.x, s.y, seed=args.seed) if x_fixed is None else x_fixed
-            loss, error = attack.mean_loss(s.model, x_adv, s.y)
+            model = models.folded(s.model)
+            x_adv = s.pgd(model, s.x, s.y, seed=args.seed) if x_fixed is None else x_fixed
+            loss, error = attack.mean_loss(model, x_adv, s.y)
         return {'loss': loss, 'robust_error': error}
 
     out = analysis.outputs(s, 'surface', args, filter='' if args.directions == 'filter' else None,
@@ -431,7 +433,7 @@ class Units(TorchFunctionMode):
 
 def dead_units(model, x, batch_size=250):
     """Layer -> which of its units no image of x activates, (units,) bool (C.2.4)."""
-    with Units(model) as units, attack.frozen(model), torch.no_grad():
+    with Units(model) as units, models.frozen(model), torch.no_grad():
         for part in x.split(batch_size):
             model(part)
     return {name: ~active.cpu() for name, active in units.active.items()}

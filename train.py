@@ -34,7 +34,7 @@ def norm(tensors):
 TRACED = 'step', 'grad_norm', 'robust_error', 'distance'
 
 
-def train_epoch(net, optimizer, x, y, c, epoch, theta_0, bar):
+def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
     """One epoch of min_theta max_{x'} loss (Eq. 1) on images x and labels y under the settings c.
 
     Returns t, eps and lr of its last batch, the mean loss and error on the adversarial examples;
@@ -52,14 +52,11 @@ def train_epoch(net, optimizer, x, y, c, epoch, theta_0, bar):
             group['lr'] = lr
         with torch.autocast(x.device.type, torch.bfloat16, enabled=c.precision == 'bf16'):
             if eps >= 1e-6:  # below is clean training, as in the paper's code
-                x_batch = attack.pgd(
-                    net, x_batch, y_batch, eps, c.step_size * eps / c.eps, c.n_iter,
-                    start=eps if c.start == 'eps' else None,
-                    seed=attack.derive(c.seed, epoch, i), batch_size=len(x_batch))
+                x_batch = adversary(x_batch, y_batch, eps, c.step_size * eps / c.eps,
+                                    start=eps if c.start == 'eps' else None,
+                                    seed=attack.derive(c.seed, epoch, i))
             logits = net(x_batch)
             loss = F.cross_entropy(logits, y_batch)
-        if not loss.isfinite():
-            raise attack.NotFiniteError(f'the loss became {loss.item()}')
         optimizer.zero_grad()
         loss.backward()
         wrong = (logits.argmax(1) != y_batch).sum()
@@ -72,9 +69,11 @@ def train_epoch(net, optimizer, x, y, c, epoch, theta_0, bar):
         loss_sum += loss.detach() * len(y_batch)
         errors += wrong
         seen += len(y_batch)
-        if not bar.disable:
-            bar.set_postfix_str(f'eps {eps:.3f} lr {lr:.2g} loss {loss_sum / seen:.2f} '
-                                f'robust error {errors / seen:.0%}', refresh=False)
+        if i % 50 == 0 or i == n_batches - 1:  # else nothing waits for the device
+            if not loss_sum.isfinite():
+                raise attack.NotFiniteError(f'the loss became {loss_sum.item()}')
+            bar.set_postfix_str(f'eps {eps:.3f} lr {lr:.2g} loss {loss_sum.item() / seen:.2f} '
+                                f'robust error {errors.item() / seen:.0%}', refresh=False)
         bar.update(len(y_batch))
     return ({'t': t, 'eps': eps, 'lr': lr, 'loss': loss_sum.item() / len(x),
              'train_robust_error': errors.item() / len(x)},
@@ -85,6 +84,7 @@ def test(model, x, y, index, c):
     """Clean and robust error at the *target* eps: reported, never used to select."""
     if len(x) == 0:
         return {'clean_error': None, 'robust_error': None, 'predicted_classes': None}
+    model = models.folded(model)
     predicted = attack.predict(model, x)
     x_adv = attack.pgd(model, x, y, c.eps, c.step_size, c.n_iter, index=index,
                        start=c.eps if c.start == 'eps' else None)
@@ -129,7 +129,9 @@ def main(argv=None):
               f'({sum(p.numel() for p in model.parameters()):,} parameters), eps {c.eps:.4g} '
               f'{c.eps_sched}, epochs {" + ".join(map(str, c.periods))}'
               + (f', going on after epoch {len(log)}' if log else ''))
-        net = torch.compile(model) if args.compile else model
+        compiled = torch.compile if args.compile else None
+        net = compiled(model) if compiled else model
+        adversary = attack.Adversary(model, c.n_iter, compiled=compiled)
         with tqdm(total=c.epochs * len(x), initial=len(log) * len(x), unit=' images',
                   unit_scale=True, disable=None, bar_format='{percentage:3.0f}%  {rate_fmt}  '
                   '{remaining} left{postfix}') as bar:
@@ -137,7 +139,8 @@ def main(argv=None):
                 epoch, start = len(log), time.monotonic()
                 try:
                     with models.tf32(c.precision != 'fp32'):
-                        row, traced = train_epoch(net, optimizer, x, y, c, epoch, theta_0, bar)
+                        row, traced = train_epoch(net, adversary, optimizer, x, y, c, epoch,
+                                                  theta_0, bar)
                     with models.tf32(False):
                         row |= test(model, x_test, y_test, index, c)
                 except attack.NotFiniteError as error:

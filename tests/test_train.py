@@ -163,8 +163,9 @@ def test_a_trace_changes_nothing_else_and_costs_nothing_when_off(tiny, tmp_path,
 def watch_pgd(monkeypatch, name):
     """Replaces PGD by the identity; the list it returns gets the value of `name` in each call."""
     values = []
-    monkeypatch.setattr(attack, 'pgd', lambda model, x, *args, **rest:
-                        values.append(rest[name]) or x)
+    for where, attribute in (attack, 'pgd'), (attack.Adversary, '__call__'):
+        monkeypatch.setattr(where, attribute, lambda model, x, *args, **rest:
+                            values.append(rest[name]) or x)
     return values
 
 
@@ -185,11 +186,11 @@ def test_a_start_anywhere_in_the_ball_is_used_for_training_and_for_the_errors(ti
 def test_the_attack_step_follows_the_scheduled_budget(tiny, tmp_path, monkeypatch):
     calls = []
 
-    def spy(model, x, y, eps, step_size, n_iter, **rest):
-        calls.append((round(eps, 6), round(step_size, 6), n_iter, model.training))
+    def spy(self, x, y, eps, step_size, **rest):
+        calls.append((round(eps, 6), round(step_size, 6), self.n_iter, self.model.training))
         return x
 
-    monkeypatch.setattr(attack, 'pgd', spy)
+    monkeypatch.setattr(attack.Adversary, '__call__', spy)
     train.main([*tiny, '--out', str(tmp_path / 'run'), '--n-eval', '0'])
     # eps 0 (clean), 0.2, 0.4, 0.4 of the target 0.4, whose step is 0.1
     assert sorted(set(calls)) == [(.2, .05, 2, True), (.4, .1, 2, True)] and len(calls) == 3 * 2
@@ -579,11 +580,13 @@ def test_every_model_trains_in_every_precision_and_is_measured_in_float32(
     seen = []
 
     def spy(net, x, *args, **rest):
-        with attack.frozen(net), torch.no_grad():
+        net = getattr(net, 'network', net)  # of an Adversary
+        with models.frozen(net), torch.no_grad():
             seen.append((net(x[:2]).dtype, torch.backends.cudnn.allow_tf32, x.dtype))
         return x
 
     monkeypatch.setattr(attack, 'pgd', spy)
+    monkeypatch.setattr(attack.Adversary, '__call__', spy)
     train.main([*tiny, '--model', model, '--n-train', '16', '--batch-size', '16', '--n-eval', '4',
                 '--epochs', '1', '--eps-sched', 'constant', '--precision', precision,
                 '--out', str(tmp_path / 'run')])
