@@ -8,6 +8,7 @@ computation goes on from what it kept last.
 import argparse
 import copy
 import functools
+import os
 import statistics
 import time
 from types import SimpleNamespace
@@ -30,19 +31,63 @@ def hvp(model, x, y, v, batch_size=250):
     not depend on the number of images, nor the result, but for rounding, on the chunks. The model
     is left as found: modes, statistics and gradients.
     """
-    total = torch.zeros_like(v)
-    theta = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-    with models.frozen(model):
-        for i in range(0, len(x), batch_size):
-            logits = functional_call(model, theta, (x[i:i + batch_size],))
-            loss = F.cross_entropy(logits, y[i:i + batch_size], reduction='sum') / len(x)
-            gradient = torch.autograd.grad(loss, theta.values(), create_graph=True)
-            direction = analysis.unflat(v, gradient)
+    return Hessian(model, x, y, batch_size, memory=0)(v)
+
+
+class Hessian:
+    """The matrix of `hvp` for many products: hessian(v) is H v.
+
+    A product differentiates the gradient, whose graph does not depend on v. So these graphs are
+    kept from the first product on, for as many chunks as `memory` bytes hold (`memory_at_hand`
+    unless given), and a product takes some 3/5 of the time. New parameters make new graphs.
+    """
+
+    def __init__(self, model, x, y, batch_size=250, memory=None):
+        self.model, self.n, self.versions = model, len(x), None
+        self.chunks = list(zip(x.split(batch_size), y.split(batch_size)))
+        self.memory = memory_at_hand(x.device) if memory is None else memory
+
+    def __call__(self, v):
+        total, versions = torch.zeros_like(v), [p._version for p in self.model.parameters()]
+        if versions != self.versions:
+            self.versions, self.kept, self.room = versions, [], self.memory
+        for i, chunk in enumerate(self.chunks):
+            if i < len(self.kept):
+                gradient, theta = self.kept[i]
+            else:
+                gradient, theta, size = self.gradient(*chunk)
+                if i == len(self.kept) and size <= self.room:
+                    self.kept.append((gradient, theta))
+                    self.room -= size
             total += analysis.flat(torch.autograd.grad(
-                gradient, theta.values(), direction, materialize_grads=True))
-    if not total.isfinite().all():
-        raise attack.NotFiniteError('the Hessian of the loss is not finite')
-    return total
+                gradient, theta, analysis.unflat(v, gradient), retain_graph=i < len(self.kept),
+                materialize_grads=True))
+        if not total.isfinite().all():
+            raise attack.NotFiniteError('the Hessian of the loss is not finite')
+        return total
+
+    def gradient(self, x, y):
+        """A chunk's part of the gradient, the parameters, and the bytes that its graph holds."""
+        theta = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters()}
+        saved = {}
+
+        def note(tensor):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with models.frozen(self.model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            logits = functional_call(self.model, theta, (x,))
+            loss = F.cross_entropy(logits, y, reduction='sum') / self.n
+            gradient = torch.autograd.grad(loss, theta.values(), create_graph=True)
+        return gradient, list(theta.values()), sum(saved.values())
+
+
+def memory_at_hand(device):
+    """Bytes to keep things in: half of what is free on `device`, of a CPU's memory 4 GiB at most."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0] // 2
+    pages = os.sysconf('SC_AVPHYS_PAGES') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 2 ** 18
+    return min(pages * os.sysconf('SC_PAGE_SIZE') // 2, 4 * 2 ** 30)
 
 
 CHECKS = 6
@@ -363,8 +408,12 @@ def analyse(s, args):
         def x_adv():  # made once, then held fixed
             return s.pgd(models.folded(s.model), s.x, s.y, seed=args.seed)
 
+        @functools.cache
+        def matrix():
+            return Hessian(s.model, x_adv(), s.y, args.batch_size)
+
         def matvec(v):
-            return hvp(s.model, x_adv(), s.y, v, args.batch_size)
+            return matrix()(v)
 
         if 'loss' not in result:
             result['loss'], result['robust_error'] = attack.mean_loss(s.model, x_adv(), s.y,

@@ -219,8 +219,7 @@ def folded(model):
             if bn:
                 weight, bias = fuse_conv_bn_weights(
                     weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-            own.weight.copy_(weight)
-            own.bias.copy_(bias)
+            own.become(weight, bias)
 
     network.refold = refold
     refold()
@@ -240,47 +239,59 @@ class Convolution(nn.Conv2d):
                          conv.weight.device, conv.weight.dtype)
         self.requires_grad_(False)
         on_cpu = conv.weight.device.type == 'cpu'
-        self.is_small = on_cpu and conv.in_channels >= 256
-        self.is_first = on_cpu and conv.in_channels <= 3 and (
-            conv.groups == 1 and conv.stride == conv.dilation == (1, 1)
-            and conv.padding_mode == 'zeros' and not isinstance(conv.padding, str))
+        self.is_small, self.block = on_cpu and conv.in_channels >= 256, 0
+        if on_cpu and conv.in_channels <= 3 and conv.groups == 1 and (
+                conv.stride == conv.dilation == (1, 1) and conv.padding_mode == 'zeros'
+                and not isinstance(conv.padding, str)
+                and all(p < k for p, k in zip(conv.padding, conv.kernel_size))):
+            self.block = 4 if conv.in_channels == 1 else 2
         if not self.is_small:
             self.to(memory_format=torch.channels_last)
 
+    def become(self, weight, bias):
+        """Takes over these parameters."""
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        if self.block:
+            self.kernel = ImageGradient.kernel(self.weight, self.block)
+
     def forward(self, x):
-        if self.is_first:
-            return ImageGradient.apply(x, self.weight, self.bias, self.padding)
+        if self.block and x.shape[2] % self.block == x.shape[3] % self.block == 0:
+            return ImageGradient.apply(x, self.weight, self.bias, self.padding, self.kernel)
         return super().forward(x.contiguous() if self.is_small else x)
 
 
 class ImageGradient(torch.autograd.Function):
-    """conv2d(x, weight, bias, padding=padding), with a gradient for x only.
+    """conv2d(x, weight, bias, padding=padding), with a gradient for x only, fast on a CPU.
 
-    It is a matrix product, then a sum of shifted images: 3 to 5 times as fast as oneDNN's for one
-    channel, 1.5 times for three.
+    The transposed convolution has but one or three output channels. Here the pixels of a block of
+    b x b are its output channels, so that it is a convolution of stride b: 5 to 9 times as fast as
+    oneDNN's own for one channel, 1.5 times for three.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, padding):
-        ctx.save_for_backward(weight)
-        ctx.size, ctx.padding = x.shape[2:], padding
+    def kernel(weight, b):
+        """The kernel of the gradient by blocks, (C b b, out, b + k - 1, b + k' - 1)."""
+        out, channels, *k = weight.shape
+        kernel = weight.new_zeros(channels, b, b, out, b + k[0] - 1, b + k[1] - 1)
+        for i in range(b):
+            for j in range(b):
+                kernel[:, i, j, :, i:i + k[0], j:j + k[1]] = weight.flip(2, 3).transpose(0, 1)
+        return kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, padding, kernel):
+        ctx.save_for_backward(kernel)
+        ctx.block = round((len(kernel) / x.shape[1]) ** .5)
+        ctx.padding = [size - 1 - p for size, p in zip(weight.shape[2:], padding)]
         return F.conv2d(x, weight, bias, padding=padding)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        weight, = ctx.saved_tensors
-        (out, channels, *kernel), (n, _, *size) = weight.shape, gradient.shape
-        (height, width), (down, right) = ctx.size, ctx.padding
-        rows = gradient.permute(0, 2, 3, 1).reshape(-1, out)
-        parts = weight.permute(2, 3, 1, 0).reshape(-1, out) @ rows.T
-        parts = parts.view(*kernel, channels, n, *size)
-        total = gradient.new_zeros(channels, n, height + 2 * down, width + 2 * right)
-        for i in range(kernel[0]):
-            for j in range(kernel[1]):
-                total[:, :, i:i + size[0], j:j + size[1]] += parts[i, j]
-        inner = total[:, :, down:down + height, right:right + width].transpose(0, 1)
-        return inner, None, None, None
+        kernel, = ctx.saved_tensors
+        blocks = F.conv2d(gradient, kernel.to(gradient), stride=ctx.block, padding=ctx.padding)
+        return F.pixel_shuffle(blocks, ctx.block), None, None, None, None
 
 
 @contextlib.contextmanager

@@ -77,6 +77,33 @@ def test_chunks_change_no_product(batch_size):
     assert torch.allclose(hessian.hvp(model, x, y, v, batch_size), whole, atol=1e-13)
 
 
+def test_as_many_graphs_are_kept_as_the_memory_holds_and_they_change_no_product():
+    model, x, y = tiny_network()
+    v, w = torch.randn(2, sum(p.numel() for p in model.parameters())).double()
+    graph = hessian.Hessian(model, x[:3], y[:3]).gradient(x[:3], y[:3])[2]
+    for memory, kept in (0, 0), (2.5 * graph, 2), (1e9, 4):
+        H = hessian.Hessian(model, x, y, 3, memory=memory)
+        for u in v, w, v:
+            assert torch.equal(H(u), hessian.hvp(model, x, y, u, 3))
+            assert len(H.kept) == kept
+
+
+def test_a_graph_counts_at_least_the_activations_it_holds():
+    model, x, y = models.LeNet(2), torch.rand(10, 1, 28, 28), torch.zeros(10, dtype=torch.long)
+    size = hessian.Hessian(model, x, y).gradient(x, y)[2]
+    assert 4 * 10 * (4 * 28 * 28 + 2 * 4 * 14 * 14) < size < 100 * 4 * 10 * 4 * 28 * 28
+
+
+def test_products_follow_parameters_that_change():
+    model, x, y = tiny_network()
+    v = torch.randn(sum(p.numel() for p in model.parameters())).double()
+    H = hessian.Hessian(model, x, y)
+    before = H(v)
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    assert torch.equal(H(v), hessian.hvp(model, x, y, v)) and not torch.allclose(H(v), before)
+
+
 @pytest.mark.parametrize('name, dataset', [('lenet', 'mnist'), ('vgg', 'cifar10'),
                                            ('resnet18', 'cifar10')])
 def test_products_are_symmetric_and_linear(name, dataset):
@@ -340,8 +367,8 @@ def test_the_command_writes_what_it_found(run, data_dir, capsys):
 def test_given_again_only_what_is_new_is_computed(run, data_dir, monkeypatch):
     hessian.main(flags_of(run, data_dir, '--trace', '2'))
     before = record.load(run / 'hessian_n60.json')
-    product, calls = hessian.hvp, []
-    monkeypatch.setattr(hessian, 'hvp', lambda *a: calls.append(1) or product(*a))
+    product, calls = hessian.Hessian.__call__, []
+    monkeypatch.setattr(hessian.Hessian, '__call__', lambda *a: calls.append(1) or product(*a))
     hessian.main(flags_of(run, data_dir, '--trace', '5'))
     after = record.load(run / 'hessian_n60.json')
     assert len(calls) == 3 and after['eigen'] == before['eigen']
@@ -414,7 +441,7 @@ def test_a_killed_computation_goes_on_to_the_same_pairs(run, data_dir, solver, m
     (run / f'{name}.json').unlink()
     clock = itertools.count(0, 100)  # a minute has passed whenever the time is asked for
     monkeypatch.setattr(hessian.time, 'monotonic', lambda: next(clock))
-    product, calls = hessian.hvp, []
+    product, calls = hessian.Hessian.__call__, []
 
     def kill(*args):
         if len(calls) == 5:
@@ -422,11 +449,11 @@ def test_a_killed_computation_goes_on_to_the_same_pairs(run, data_dir, solver, m
         calls.append(1)
         return product(*args)
 
-    monkeypatch.setattr(hessian, 'hvp', kill)
+    monkeypatch.setattr(hessian.Hessian, '__call__', kill)
     with pytest.raises(KeyboardInterrupt):
         hessian.main(flags)
     assert (run / f'{name}.state.pt').exists()
-    monkeypatch.setattr(hessian, 'hvp', lambda *a: calls.append(1) or product(*a))
+    monkeypatch.setattr(hessian.Hessian, '__call__', lambda *a: calls.append(1) or product(*a))
     hessian.main(flags)
     resumed = record.load(run / f'{name}.json')['eigen']
     assert not (run / f'{name}.state.pt').exists()
