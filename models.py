@@ -71,8 +71,8 @@ class Block(nn.Module):
                                           nn.BatchNorm2d(out))
 
     def forward(self, x):
-        residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + self.shortcut(x))
+        residual = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
+        return F.relu_(residual.add_(self.shortcut(x)))
 
 
 class ResNet18(nn.Module):
@@ -89,7 +89,7 @@ class ResNet18(nn.Module):
         self.classifier = nn.Linear(widths[-1], 10)
 
     def forward(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu_(self.bn1(self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.classifier(x.mean((2, 3)))
 
