@@ -201,8 +201,9 @@ def main(argv=None):
             result, right = kept(out, head, index)
             record.sign(result, args.device)
             model = models.folded(model.to(args.device, memory_format=torch.channels_last))
-            evaluate(model, x[index], y[index], index, {key: attacks[key] for key in args.attacks},
-                     args.seed, out, result, right, args.batch_size)
+            x, y = x[index], y[index]
+            evaluate(model, x, y, index, {key: attacks[key] for key in args.attacks}, args.seed,
+                     out, result, right, args.batch_size or attack.fitting_batch(model, x, y))
 
 
 def parse(argv):
@@ -225,8 +226,8 @@ def parse(argv):
         help="default: the run's; mnist or cifar10, by shape, for a checkpoint outside of a run")
     add('--seed', type=record.number(int, 0, 2 ** 32 - 1), default=0,
         help='of the attacks; default: 0')
-    add('--batch-size', type=count, default=250,
-        help='images in the model at a time; default: 250')
+    add('--batch-size', type=count,
+        help='images in the model at a time; default: as many as fit and pay, 250 on a CPU')
     record.add_machine_flags(parser)
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.ensemble):

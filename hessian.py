@@ -8,7 +8,6 @@ computation goes on from what it kept last.
 import argparse
 import copy
 import functools
-import os
 import statistics
 import time
 from types import SimpleNamespace
@@ -38,14 +37,15 @@ class Hessian:
     """The matrix of `hvp` for many products: hessian(v) is H v.
 
     A product differentiates the gradient, whose graph does not depend on v. So these graphs are
-    kept from the first product on, for as many chunks as `memory` bytes hold (`memory_at_hand`
-    unless given), and a product takes some 3/5 of the time. New parameters make new graphs.
+    kept from the first product on, for as many chunks as `memory` bytes hold (unless given,
+    `models.memory_at_hand`), and a product takes some 3/5 of the time. New parameters make new
+    graphs.
     """
 
     def __init__(self, model, x, y, batch_size=250, memory=None):
         self.model, self.n, self.versions = model, len(x), None
         self.chunks = list(zip(x.split(batch_size), y.split(batch_size)))
-        self.memory = memory_at_hand(x.device) if memory is None else memory
+        self.memory = models.memory_at_hand(x.device) if memory is None else memory
 
     def __call__(self, v):
         total, versions = torch.zeros_like(v), [p._version for p in self.model.parameters()]
@@ -69,25 +69,11 @@ class Hessian:
     def gradient(self, x, y):
         """A chunk's part of the gradient, the parameters, and the bytes that its graph holds."""
         theta = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters()}
-        saved = {}
-
-        def note(tensor):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with models.frozen(self.model), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        with models.frozen(self.model), models.saved_bytes() as saved:
             logits = functional_call(self.model, theta, (x,))
             loss = F.cross_entropy(logits, y, reduction='sum') / self.n
             gradient = torch.autograd.grad(loss, theta.values(), create_graph=True)
         return gradient, list(theta.values()), sum(saved.values())
-
-
-def memory_at_hand(device):
-    """Bytes to keep things in: half of what is free on `device`, of a CPU's memory 4 GiB at most."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0] // 2
-    pages = os.sysconf('SC_AVPHYS_PAGES') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 2 ** 18
-    return min(pages * os.sysconf('SC_PAGE_SIZE') // 2, 4 * 2 ** 30)
 
 
 CHECKS = 6

@@ -6,6 +6,7 @@ parameter counts are those of the paper's released checkpoints, which therefore 
 import contextlib
 import copy
 import math
+import os
 
 import torch
 import torch.fx
@@ -211,6 +212,7 @@ def folded(model):
             pairs.append((Convolution(conv), conv, bn))
             network.set_submodule(node.target, pairs[-1][0])
     network.recompile()
+    network.delete_all_unused_submodules()
 
     @torch.no_grad()
     def refold():
@@ -292,6 +294,28 @@ class ImageGradient(torch.autograd.Function):
         kernel, = ctx.saved_tensors
         blocks = F.conv2d(gradient, kernel.to(gradient), stride=ctx.block, padding=ctx.padding)
         return F.pixel_shuffle(blocks, ctx.block), None, None, None, None
+
+
+@contextlib.contextmanager
+def saved_bytes():
+    """Yields a dict whose values sum up to the bytes that graphs made inside keep in tensors."""
+    saved = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield saved
+
+
+def memory_at_hand(device):
+    """Bytes to keep things in: half of what is free on `device`, of a CPU's memory 4 GiB at most."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[0] // 2
+    pages = os.sysconf('SC_AVPHYS_PAGES') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 2 ** 18
+    return min(pages * os.sysconf('SC_PAGE_SIZE') // 2, 4 * 2 ** 30)
 
 
 @contextlib.contextmanager

@@ -220,7 +220,10 @@ load_once = functools.lru_cache(1)(data.load)
 
 
 def trained(b):
-    """A LeNet of the release's shape that half of the images fool, trained if there is none yet."""
+    """A LeNet, which some half of the images fool, and its settings; trained if there is none yet.
+
+    Also the network that peers attack: the same, as the release writes it, where that is at hand.
+    """
     folder = pathlib.Path(b.args.run)
     if not record.finished(folder):
         print(f'training {folder} ...', flush=True)
@@ -230,17 +233,27 @@ def trained(b):
                         '--n-iter', '10', '--lr', '3e-3', '--n-eval', '100', '--device',
                         str(b.device), '--out', str(folder)])
     path, config = record.members(folder)[-1]
-    return record.rebuild(path, config).to(b.device), config
+    model = theirs = record.rebuild(path, config).to(b.device)
+    if b.release and config['model'] == 'lenet':
+        theirs = release_lenet(b, model)
+    return model, theirs, config
+
+
+def release_lenet(b, model):
+    with quiet():
+        net = b.release.models.MNIST_LeNet(width=model.conv1.out_channels // 2).to(b.device)
+    net.load_state_dict(model.state_dict())
+    return net.eval()
 
 
 def attacks(b):
     """Seconds to evaluate --n test images with each attack: a part of them each round."""
-    model, config = trained(b)
+    model, theirs, config = trained(b)
     network, eps = models.folded(model), config['eps']
     _, _, x, y = load(b, config['dataset'])
     x, y = x[:b.args.n], y[:b.args.n]
     parts = list(zip(x.tensor_split(b.args.rounds), y.tensor_split(b.args.rounds)))
-    others = peers(b, model, eps)
+    others = peers(b, theirs, eps)
     for key in b.args.attacks:
         def ours(i):
             standing = attack.correct(network, *parts[i])
@@ -250,10 +263,10 @@ def attacks(b):
 
         def of(peer):
             def run(i):
-                standing = attack.correct(model, *parts[i])
+                standing = attack.correct(theirs, *parts[i])
                 x, y = (tensor[standing] for tensor in parts[i])
                 x_adv = peer(key, x, y)
-                return len(standing) - attack.correct(model, x_adv, y).sum().item()
+                return len(standing) - attack.correct(theirs, x_adv, y).sum().item()
             return run
 
         runs = {'ours': ours} | {name: of(peer) for name, peer in others.items()}
@@ -261,8 +274,8 @@ def attacks(b):
         errors = {name: 100 * sum(found) / len(x) for name, found in errors.items()}
         total = [len(parts) * t for t in seconds['ours']]
         for name in others or ['']:
-            theirs = [len(parts) * t for t in seconds[name]] if name else None
-            row(b, key, f's per {len(x)} images', total, peer=name, theirs=theirs,
+            row(b, key, f's per {len(x)} images', total, peer=name,
+                theirs=[len(parts) * t for t in seconds[name]] if name else None,
                 same=not name or errors['ours'] >= errors[name] - .5,
                 check='robust error ' + ' '.join(
                     f'{errors[who]:.2f} %' for who in ('ours', name) if who))
@@ -326,9 +339,7 @@ def curvature(b):
     v = hessian.analysis.random_unit(dim, x.new_zeros(()), 0)
     runs, theirs = {'ours': lambda i: v @ H(v)}, {}
     if b.release:
-        with quiet():
-            net = b.release.models.MNIST_LeNet(width=16).to(b.device)
-        net.load_state_dict(model.state_dict())
+        net = release_lenet(b, model)
 
         def power(topk, iterations):
             with quiet():
@@ -410,7 +421,7 @@ def parse(argv):
     add('--attacks', nargs='+', choices=OURS, default=list(OURS), help='default: all')
     add('--run', default='ckpts/bench',
         help='the run whose last model is attacked, trained if there is none; default: ckpts/bench')
-    add('--hessian-n', type=count, default=500, help='images of the Hessian; default: 500')
+    add('--hessian-n', type=count, default=100, help='images of the Hessian; default: 100')
     add('--hessian-data', choices=('mnist', 'mnist5k'), default='mnist5k',
         help='where they are from; default: mnist5k')
     add('--power', action='store_true',

@@ -1,12 +1,16 @@
 import functools
 import itertools
 import math
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import attack
 import models
@@ -585,3 +589,144 @@ def test_predict_and_correct_do_not_care_for_batches():
     y = torch.where(torch.arange(11) < 4, model(x).argmax(1), 99)
     assert attack.correct(model, x, y, batch_size=3).tolist() == [True] * 4 + [False] * 7
     assert torch.equal(attack.predict(model, x, 2), model(x).argmax(1))
+
+
+# Gathering
+
+class Steady(nn.Module):
+    """Never fooled; notes how many images pass at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = []
+
+    def forward(self, x):
+        self.passes.append(len(x))
+        return F.one_hot(torch.zeros(len(x), dtype=torch.long), 10) + x.flatten(1)[:, :10] / 10
+
+
+def test_apgd_fills_its_batches_across_restarts():
+    model, x = Steady(), images(25)
+    attack.apgd(model, x, torch.zeros(25, dtype=torch.long), .1, n_iter=12, n_restarts=4,
+                batch_size=10)
+    assert model.passes[:3] == [10, 10, 5]  # which images stand
+    counts = model.passes[3:]
+    assert sum(counts) == 25 * 4 * 13 and counts == 10 * 13 * [10]
+
+
+def test_images_that_join_at_different_times_are_attacked_as_if_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).double()
+    x, index = images(30), torch.arange(100, 130)
+    y = model(x).argmax(1)
+    whole = attack.apgd(model, x, y, .02, 11, 3, 'dlr', index=index, batch_size=7)
+    alone = torch.cat([attack.apgd(model, x[i:i + 1], y[i:i + 1], .02, 11, 3, 'dlr',
+                                   index=index[i:i + 1]) for i in range(30)])
+    assert torch.allclose(whole, alone, atol=1e-12)
+    fooled = ~attack.correct(model, whole, y)
+    assert fooled.any() and not fooled.all()
+
+
+def test_what_an_attack_keeps_does_not_grow_with_the_number_of_images():
+    code = """
+import resource, sys, torch
+sys.path.insert(0, sys.argv[1])
+import attack
+torch.set_num_threads(1)
+model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+for n in 500, 40000:
+    x, before = torch.rand(n, 1, 28, 28), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    y = attack.predict(model, x)
+    attack.apgd(model, x, y, 1e-6, 2)
+    attack.square(model, x, y, 1e-6, 2)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * x.numel()))
+"""
+    grown = float(subprocess.run([sys.executable, '-c', code, pathlib.Path(attack.__file__).parent],
+                                 capture_output=True, text=True, check=True).stdout)
+    assert grown < 4  # in sizes of x: the result, and what the allocator keeps of the one before
+
+
+def test_the_batch_that_fits_follows_the_memory(monkeypatch):
+    model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), []
+    x, y = images(20).float(), torch.arange(20) % 10
+    for memory in 1, 10 ** 5, 10 ** 6, 10 ** 12:
+        monkeypatch.setattr(models, 'memory_at_hand', lambda device: memory)
+        sizes.append(attack.fitting_batch(model, x, y))
+    assert sizes[0] == 1 and 1 < sizes[1] < sizes[2] <= 250 and sizes[3] == 250
+    assert sizes[1] * 4 * (784 + 10) < 10 ** 5
+
+
+# The attacker in training
+
+class NoWaiting(TorchFunctionMode):
+    """Inside, whatever would make the host wait for a device is an error."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (
+            torch.Tensor.item, torch.Tensor.__bool__, torch.Tensor.__float__, torch.Tensor.__int__,
+            torch.Tensor.__index__, torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.numpy,
+            torch.Tensor.nonzero, torch.nonzero, torch.masked_select, torch.tensor), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', ['lenet', 'resnet18'])
+def test_the_adversary_is_pgd_while_parameters_and_budgets_change_and_waits_for_nothing(
+        name, monkeypatch):
+    monkeypatch.setattr(attack, 'derive', lambda *words: hash(words) % 2 ** 63)  # of host tensors
+    torch.manual_seed(0)
+    model = models.build(name, {'lenet': 'mnist'}.get(name, 'cifar10'), 1).double()
+    x, y = images(6, shape=(3, 32, 32) if name == 'resnet18' else (1, 28, 28)), torch.arange(6)
+    adversary = attack.Adversary(model, 3)
+    for seed, (eps, start, n) in enumerate([(.1, None, 6), (.05, .05, 6), (.1, None, 4)]):
+        expected = attack.pgd(model, x[:n], y[:n], eps, eps / 4, 3, start=start, seed=seed)
+        with NoWaiting():
+            found = adversary(x[:n], y[:n], eps, eps / 4, start=start, seed=seed)
+        assert torch.allclose(found, expected, atol=1e-12)
+        assert model.training and all(p.requires_grad and p.grad is None
+                                      for p in model.parameters())
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.2)
+        model(x)  # new statistics
+
+
+def test_a_loop_is_captured_once_for_each_shape_whatever_the_budget():
+    model, x, y = lenet(), images(6), torch.arange(6)
+    captures, replays = [], []
+
+    def captured(run):  # as a CUDA graph would: run() fixes which tensors it reads and writes
+        captures.append(1)
+        return lambda: replays.append(1) or run()
+
+    adversary = attack.Adversary(model, 2, captured=captured)
+    for n, eps in (6, .1), (6, .2), (4, .2), (6, .05), (4, .3):
+        found = adversary(x[:n], y[:n], eps, eps / 4, seed=n)
+        assert torch.allclose(found, attack.pgd(model, x[:n], y[:n], eps, eps / 4, 2, seed=n))
+    assert len(captures) == 2 and len(replays) == 5
+
+
+def test_what_an_adversary_returns_is_not_overwritten_by_the_next_batch():
+    adversary, x, y = attack.Adversary(lenet(), 2), images(6), torch.arange(6)
+    first = adversary(x, y, .1, .05)
+    kept = first.clone()
+    adversary(1 - x, y, .1, .05)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a cuda device')
+@pytest.mark.parametrize('name, dataset', [('lenet', 'mnist'), ('resnet18', 'cifar10')])
+def test_a_captured_loop_on_cuda_is_pgd(name, dataset):
+    torch.manual_seed(0)
+    model = models.build(name, dataset, 2).to('cuda', memory_format=torch.channels_last)
+    channels, size = models.SHAPES[dataset]
+    x = torch.rand(32, channels, size, size, device='cuda')
+    y = torch.arange(32, device='cuda') % 10
+    adversary = attack.Adversary(model, 5)
+    for n, eps in (32, .1), (32, .2), (20, .1):
+        found = adversary(x[:n], y[:n], eps, eps / 4, seed=1)
+        expected = attack.pgd(model, x[:n], y[:n], eps, eps / 4, 5, seed=1)
+        losses = [attack.mean_loss(model, z, y[:n])[0] for z in (found, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(1.05)

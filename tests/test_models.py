@@ -129,3 +129,137 @@ def test_tf32_gives_back_what_it_borrowed():
                 assert torch.get_float32_matmul_precision() == 'highest'
             raise KeyError
     assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+
+# The network as its attackers want it
+
+def trained_like(name, width=1):
+    """A network in double precision whose BatchNorms are not trivial."""
+    torch.manual_seed(0)
+    model = models.build(name, {'lenet': 'mnist'}.get(name, 'cifar10'), width).double()
+    randomise(model)
+    return model
+
+
+def randomise(model):
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in module.running_var, module.weight.data:
+                tensor.uniform_(.5, 2)
+            for tensor in module.running_mean, module.bias.data:
+                tensor.normal_()
+
+
+def logits_and_gradient(model, x):
+    x = x.clone().requires_grad_()
+    with models.frozen(model):
+        logits = model(x)
+    return logits.detach(), torch.autograd.grad(logits.logsumexp(1).sum(), x)[0]
+
+
+def same_function(one, other, x):
+    return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(
+        logits_and_gradient(one, x), logits_and_gradient(other, x)))
+
+
+def images_of(model, n=3):
+    return torch.rand(n, *[(3, 32, 32), (1, 28, 28)][isinstance(model, models.LeNet)]).double()
+
+
+@pytest.mark.parametrize('name', models.MODELS)
+def test_folding_changes_no_logit_and_no_gradient_and_leaves_no_batch_norm(name):
+    model = trained_like(name)
+    folded = models.folded(model)
+    assert folded is not model and same_function(model, folded, images_of(model))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert model.training and all(p.requires_grad for p in model.parameters())
+
+
+def test_an_ensemble_is_folded_too():
+    ensemble = models.Ensemble([trained_like('resnet18'), trained_like('vgg')])
+    folded = models.folded(ensemble)
+    assert same_function(ensemble, folded, images_of(ensemble))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+
+
+@pytest.mark.parametrize('name', models.MODELS)
+def test_refolding_takes_over_new_parameters_and_statistics(name):
+    model = trained_like(name)
+    folded, x = models.folded(model), images_of(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    randomise(model)
+    assert not same_function(model, folded, x)
+    folded.refold()
+    assert same_function(model, folded, x)
+
+
+class Odd(nn.Module):
+    """BatchNorms that must not be folded: after a sum, after a layer used twice or by two others,
+    one without statistics; and one that may."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.shared, self.last = (
+            nn.Conv2d(i, 4, 3, padding=1) for i in (3, 4, 4, 4))
+        self.bn1, self.bn2, self.bn3, self.bn4 = (nn.BatchNorm2d(4) for _ in range(4))
+        self.bn5 = nn.BatchNorm2d(4, track_running_stats=False)
+
+    def forward(self, x):
+        x = self.bn4(self.first(x))
+        x = self.bn1(x + x.sin())
+        x = self.bn2(self.twice(torch.relu(self.twice(x))))
+        z = self.shared(x)
+        return (self.bn5(self.last(self.bn3(z) + z))).mean((2, 3))
+
+
+def test_only_a_batch_norm_right_behind_its_convolution_is_folded():
+    model = Odd().double()
+    for bn in model.bn1, model.bn2, model.bn3, model.bn4:
+        randomise(bn)
+    folded = models.folded(model)
+    assert same_function(model, folded, torch.rand(3, 3, 8, 8).double())
+    left = [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    assert left == ['bn1', 'bn2', 'bn3', 'bn5']
+
+
+def test_a_network_that_cannot_be_traced_is_attacked_as_it_is():
+    class Branching(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    model = Branching()
+    assert models.folded(model) is model
+    model.refold()
+
+
+@pytest.mark.parametrize('channels, kernel, padding, size', [
+    (1, 5, 2, 28), (3, 3, 1, 32), (1, 3, 0, 12), (2, 5, 4, 8), (1, (3, 5), (1, 2), 8), (1, 1, 0, 4)])
+def test_the_gradient_for_images_is_that_of_the_convolution(channels, kernel, padding, size):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(channels, 6, kernel, padding=padding).double()
+    own = models.Convolution(conv)
+    own.become(conv.weight.detach(), conv.bias.detach())
+    x = torch.rand(5, channels, size, size).double()
+    assert own.block and same_function(nn.Sequential(conv, nn.AvgPool2d(2), nn.Flatten()),
+                                       nn.Sequential(own, nn.AvgPool2d(2), nn.Flatten()), x)
+
+
+@pytest.mark.parametrize('conv, size', [
+    (nn.Conv2d(1, 4, 3, padding=1), 10), (nn.Conv2d(3, 4, 3, stride=2), 8),
+    (nn.Conv2d(1, 4, 3, padding='same'), 8), (nn.Conv2d(1, 4, 3, padding=3), 8),
+    (nn.Conv2d(1, 4, 3, padding=1, padding_mode='circular'), 8),
+    (nn.Conv2d(2, 4, 3, groups=2), 8), (nn.Conv2d(256, 4, 3, padding=1), 4)])
+def test_convolutions_of_any_kind_are_copied_faithfully(conv, size):
+    model = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()).double()
+    randomise(model)
+    x = torch.rand(3, conv.in_channels, size, size).double()
+    assert same_function(model, models.folded(model), x)
+
+
+def test_the_bytes_of_a_graph_are_those_of_its_saved_tensors():
+    x = torch.rand(10, 1000, requires_grad=True)
+    with models.saved_bytes() as saved:
+        y = x.exp().sin()  # each keeps a tensor: exp its result, which is what sin keeps
+    assert sum(saved.values()) == 4 * x.numel() and y.requires_grad
