@@ -142,19 +142,29 @@ def subset(n, k=None):
 
 
 def batches(x, y, batch_size, generator, augment=False):
-    """Shuffled batches of x and y, the last one ragged; a CPU `generator` decides on any device."""
-    for rows in torch.randperm(len(x), generator=generator).to(x.device).split(batch_size):
-        yield (crop_and_flip(x[rows], generator) if augment else x[rows]), y[rows]
+    """Shuffled batches of x and y, the last one ragged; a CPU `generator` decides on any device.
+
+    What it draws goes to the device at once, so that no batch waits for it.
+    """
+    order = torch.randperm(len(x), generator=generator).to(x.device)
+    draws = crops(len(x), generator).to(x.device) if augment else order
+    for rows, drawn in zip(order.split(batch_size), draws.split(batch_size)):
+        yield (crop_and_flip(x[rows], drawn) if augment else x[rows]), y[rows]
 
 
-def crop_and_flip(x, generator, padding=4):
-    """Random crops of x, (N, C, H, W), zero-padded by `padding`, half mirrored; the same shape."""
+def crops(n, generator, padding=4):
+    """Random crops of n images, (n, 3): down and right from 0 to 2 padding, and 1 if mirrored."""
+    shifts = torch.randint(2 * padding + 1, (n, 2), generator=generator)
+    return torch.cat([shifts, torch.randint(2, (n, 1), generator=generator)], 1)
+
+
+def crop_and_flip(x, crops, padding=4):
+    """The `crops`, (N, 3), of x, (N, C, H, W), zero-padded by `padding`; the same shape."""
     n, _, height, width = x.shape
-    down, right = torch.randint(2 * padding + 1, (2, n, 1), generator=generator).to(x.device)
-    mirrored = torch.randint(2, (n, 1), generator=generator).bool().to(x.device)
+    down, right, mirrored = crops[:, :, None].unbind(1)
     rows = torch.arange(height, device=x.device) + down
     columns = torch.arange(width, device=x.device)
-    columns = torch.where(mirrored, columns.flip(0), columns) + right
+    columns = torch.where(mirrored == 1, columns.flip(0), columns) + right
     image = torch.arange(n, device=x.device)[:, None, None]
     padded = F.pad(x, [padding] * 4).permute(0, 2, 3, 1)
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

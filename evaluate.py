@@ -26,11 +26,12 @@ import record
 TITLES = attack.TITLES | {'clean': 'clean', 'worst': 'worst case'}
 
 
-def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size):
+def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size, in_turn=False):
     """Adds to `result` and `right` the columns they lack; writes OUT.json and OUT.npz after each.
 
     x, (N, C, H, W), and y are the images and labels, `index` the numbers their randomness hangs on.
-    right[key] is an (N,) bool array, result['columns'][key] its summary.
+    right[key] is an (N,) bool array, result['columns'][key] its summary. In turn, an attack gets only
+    what stands after those before it, and its column is the error after all of them.
     """
     def keep(key, correct, began, **made):
         right[key] = correct.cpu().numpy()
@@ -45,17 +46,21 @@ def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size):
     if 'clean' not in columns:
         keep('clean', attack.correct(model, x, y, batch_size), began)
     print(row('clean', columns['clean']))
-    standing = torch.from_numpy(right['clean']).nonzero().squeeze(1)
-    x_standing, y_standing = x[standing], y[standing]
+    before = ['clean']
     for key, run_attack in attacks.items():
         settings, began = settings_of(run_attack), time.monotonic()
+        if in_turn:
+            settings['after'] = '+'.join(before)
         if columns.get(key, {}).get('settings') != settings:
+            standing = torch.from_numpy(right[before[-1]]).nonzero().squeeze(1)
+            x_standing, y_standing = x[standing], y[standing]
             with progress(model, TITLES[key], settings, len(standing)):
                 x_adv = run_attack(model, x_standing, y_standing, seed=seed, index=index[standing],
                                    batch_size=batch_size)
             correct = torch.zeros(len(x), dtype=torch.bool)
             correct[standing] = attack.correct(model, x_adv, y_standing, batch_size).cpu()
             keep(key, correct, began, settings=settings)
+        before += [key] if in_turn else []
         print(row(key, columns[key]), flush=True)
     print(row('worst', columns['worst']), flush=True)
 
@@ -157,7 +162,7 @@ def plan(paths, args):
             'eps': eps, 'seed': args.seed}
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
     attacks = attacks_of(runs[0] | {'dataset': dataset}, eps)
-    return model, attacks, head, folder / '_'.join(['evaluate', *tags])
+    return model, attacks, head, folder / '_'.join(['worst' if args.worst else 'evaluate', *tags])
 
 
 def kept(out, head, index):
@@ -203,7 +208,8 @@ def main(argv=None):
             model = models.folded(model.to(args.device, memory_format=torch.channels_last))
             x, y = x[index], y[index]
             evaluate(model, x, y, index, {key: attacks[key] for key in args.attacks}, args.seed,
-                     out, result, right, args.batch_size or attack.fitting_batch(model, x, y))
+                     out, result, right, args.batch_size or attack.fitting_batch(model, x, y),
+                     args.worst)
 
 
 def parse(argv):
@@ -218,6 +224,9 @@ def parse(argv):
         help='checkpoints and run folders, evaluated as one ensemble')
     add('--attacks', nargs='+', choices=list(attack.ATTACKS), default=list(attack.ATTACKS),
         metavar='ATTACK', help=f'of {" ".join(attack.ATTACKS)}; default: all, as in Table 1')
+    add('--worst', action='store_true',
+        help='only the worst case, at less cost: an attack gets only what stands after those before '
+        'it, and its error is that after all of them; into worst.json')
     add('--n-examples', type=count,
         help='so many test images, drawn once and for all; default: all')
     add('--eps', type=record.budget,

@@ -112,7 +112,7 @@ def main(argv=None):
     model = models.build(c.model, c.dataset, c.width)
     model = model.to(device, memory_format=torch.channels_last)
     theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
-    optimizer = OPTIMIZERS[c.optimizer](model.parameters(), c)
+    optimizer = optimizer_of(model, c)
     ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
     with record.lock(folder, args.wait):
         state = record.start(folder, vars(c), device)
@@ -191,12 +191,15 @@ def line(row, c):
     return text
 
 
-OPTIMIZERS = {
-    'adam': lambda parameters, c: torch.optim.Adam(
-        parameters, c.lr, weight_decay=c.weight_decay),
-    'sgd': lambda parameters, c: torch.optim.SGD(
-        parameters, c.lr, momentum=c.momentum, weight_decay=c.weight_decay),
-}
+OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': torch.optim.SGD}
+
+
+def optimizer_of(model, c):
+    """The optimizer of the settings c for the parameters of `model`; one kernel a step on cuda."""
+    parameters = list(model.parameters())
+    own = {'momentum': c.momentum} if c.optimizer == 'sgd' else {}
+    return OPTIMIZERS[c.optimizer](parameters, c.lr, weight_decay=c.weight_decay,
+                                   fused=parameters[0].is_cuda, **own)
 
 
 def settings(args):

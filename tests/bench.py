@@ -161,7 +161,7 @@ def step(b):
             b.device, memory_format=torch.channels_last)
         with torch.no_grad():
             model(x)  # gives BatchNorm statistics that are not trivial
-        optimizer = train.OPTIMIZERS[c.optimizer](model.parameters(), c)
+        optimizer = train.optimizer_of(model, c)
         adversary, bar = attack.Adversary(model, c.n_iter), tqdm(disable=True)
         before = copy.deepcopy(model.state_dict())
         noise = attack.uniform('pgd', 1, torch.arange(128), x.shape[1:], x)
@@ -173,7 +173,7 @@ def step(b):
                 theirs = getattr(b.release.models, CLASSES[name])(width=c.width).to(b.device)
                 pgd = b.release.attack.PGD(c.step_size, c.eps, c.n_iter)
             theirs.load_state_dict(before)
-            their_optimizer = train.OPTIMIZERS[c.optimizer](theirs.parameters(), c)
+            their_optimizer = train.optimizer_of(theirs, c)
             loss = torch.nn.CrossEntropyLoss()
             images = x.contiguous()
 

@@ -150,16 +150,29 @@ def test_crop_and_flip_takes_each_shift_of_the_padded_image_straight_and_mirrore
             crop = padded[:, down:down + 5, right:right + 5]
             possible |= {crop.numpy().tobytes(): 0, crop.flip(2).numpy().tobytes(): 0}
     generator = torch.Generator().manual_seed(0)
-    for crop in data.crop_and_flip(image.expand(5000, -1, -1, -1), generator, padding=2):
+    crops = data.crops(20000, generator, padding=2)
+    for crop in data.crop_and_flip(image.expand(20000, -1, -1, -1), crops, padding=2):
         possible[crop.contiguous().numpy().tobytes()] += 1  # KeyError for a crop that is none
-    assert len(possible) == 50 and all(60 <= count <= 140 for count in possible.values())
+    assert len(possible) == 50 and all(300 <= count <= 500 for count in possible.values())
 
 
 def test_augmentation_is_decided_by_its_generator():
-    x = torch.rand(8, 3, 32, 32)
-    one, same, other = (data.crop_and_flip(x, torch.Generator().manual_seed(seed))
-                        for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other) and one.shape == x.shape
+    x, y = torch.rand(8, 3, 32, 32), torch.arange(8)
+    one, same, other = (
+        [images for images, _ in data.batches(x, y, 3, torch.Generator().manual_seed(seed), True)]
+        for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(one, same))
+    assert not torch.equal(one[0], other[0]) and [len(a) for a in one] == [3, 3, 2]
+    assert torch.cat(one).shape == x.shape
+
+
+def test_each_image_of_a_batch_is_cropped_by_its_own_draw():
+    x = torch.rand(4, 1, 6, 6)
+    crops = torch.tensor([[4, 4, 0], [4, 4, 1], [5, 4, 0], [4, 3, 0]])  # padding 4: 4 is no shift
+    found = data.crop_and_flip(x, crops)
+    assert torch.equal(found[0], x[0]) and torch.equal(found[1], x[1].flip(2))
+    assert torch.equal(found[2][:, :5], x[2][:, 1:]) and found[2][:, 5].eq(0).all()
+    assert torch.equal(found[3][:, :, 1:], x[3][:, :, :5]) and found[3][:, :, 0].eq(0).all()
 
 
 def test_the_papers_settings_follow_the_budget():

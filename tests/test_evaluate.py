@@ -71,6 +71,32 @@ def test_all_columns_of_table_1_and_the_worst_case(copies, here, capsys, monkeyp
         assert part in text
 
 
+def test_the_worst_case_alone_is_the_same_from_fewer_attacks(copies, here, monkeypatch):
+    sizes = []
+
+    def counted(run_attack):
+        @functools.wraps(run_attack)
+        def run(model, x, y, **rest):
+            sizes.append(len(x))
+            return run_attack(model, x, y, **rest)
+        return run
+
+    argv = [*here, str(copies / 'single'), '--attacks', 'pgd', 'pgd100', '--n-examples', '200']
+    for key in 'pgd', 'pgd100':
+        monkeypatch.setitem(attack.ATTACKS, key, counted(attack.ATTACKS[key]))
+    evaluate.main(argv)
+    evaluate.main([*argv, '--worst'])
+    _, right = result_of(copies / 'single')
+    result = record.load(copies / 'single/worst_n200.json')
+    with np.load(copies / 'single/worst_n200.npz') as arrays:
+        assert np.array_equal(arrays['worst'], right['worst'])
+        assert np.array_equal(arrays['pgd100'], right['pgd'] & right['pgd100'])
+    assert sizes == [right['clean'].sum()] * 3 + [right['pgd'].sum()] and sizes[3] < sizes[2]
+    assert result['columns']['pgd100']['settings']['after'] == 'clean+pgd'
+    evaluate.main([*argv, '--worst'])
+    assert len(sizes) == 4  # kept
+
+
 def test_the_errors_are_those_of_the_model_on_those_images(copies, here, data_dir):
     evaluate.main([*here, str(copies / 'single'), *FEW])
     result, right = result_of(copies / 'single')

@@ -102,9 +102,10 @@ def test_two_steps_with_momentum_and_augmentation_by_hand(data_dir, tmp_path):
     rows = data.subset(4000, 64)
     generator = torch.Generator().manual_seed(attack.derive(3, 0))
     order = rows[torch.randperm(64, generator=generator)]
+    crops = data.crops(64, generator)
     for i in range(2):
         batch = order[32 * i:32 * (i + 1)]
-        images = data.crop_and_flip(x[batch], generator)
+        images = data.crop_and_flip(x[batch], crops[32 * i:32 * (i + 1)])
         assert not torch.equal(images, x[batch])
         x_adv = attack.pgd(model, images, y[batch], .1, .05, 2, seed=attack.derive(3, 0, i))
         optimizer.zero_grad()
