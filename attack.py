@@ -145,7 +145,7 @@ class Adversary:
 
 
 def captured(run):
-    """run, a function of what lies in fixed tensors on a cuda device, as one replayed CUDA graph."""
+    """run(), which reads and writes fixed tensors of a cuda device, as a CUDA graph to replay."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -212,9 +212,9 @@ def apgd_begin(x, y, rows, noise, eps):
     zeros = x.new_zeros(len(x))
     return SimpleNamespace(
         rows=rows, y=y, low=low, high=high, k=torch.zeros_like(y), x_k=x_k, x_prev=x_k,
-        loss=zeros + math.inf, x_best=x_k, loss_best=zeros - math.inf, grad_best=torch.zeros_like(x),
-        eta=zeros + 2 * eps, rises=zeros, mark=zeros, loss_mark=zeros - math.inf,
-        halved=zeros.bool())
+        loss=zeros + math.inf, x_best=x_k, loss_best=zeros - math.inf,
+        grad_best=torch.zeros_like(x), eta=zeros + 2 * eps, rises=zeros, mark=zeros,
+        loss_mark=zeros - math.inf, halved=zeros.bool())
 
 
 def apgd_step(s, model, criterion, checkpoints, rho, best_loss):

@@ -30,8 +30,8 @@ def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size, 
     """Adds to `result` and `right` the columns they lack; writes OUT.json and OUT.npz after each.
 
     x, (N, C, H, W), and y are the images and labels, `index` the numbers their randomness hangs on.
-    right[key] is an (N,) bool array, result['columns'][key] its summary. In turn, an attack gets only
-    what stands after those before it, and its column is the error after all of them.
+    right[key] is an (N,) bool array, result['columns'][key] its summary. With `in_turn` an attack
+    gets only what stands after those before it, and its column is the error after all of them.
     """
     def keep(key, correct, began, **made):
         right[key] = correct.cpu().numpy()
@@ -225,8 +225,8 @@ def parse(argv):
     add('--attacks', nargs='+', choices=list(attack.ATTACKS), default=list(attack.ATTACKS),
         metavar='ATTACK', help=f'of {" ".join(attack.ATTACKS)}; default: all, as in Table 1')
     add('--worst', action='store_true',
-        help='only the worst case, at less cost: an attack gets only what stands after those before '
-        'it, and its error is that after all of them; into worst.json')
+        help='only the worst case, at less cost: an attack gets just what stands after those '
+        'before it, and its error is that after all of them; into worst.json')
     add('--n-examples', type=count,
         help='so many test images, drawn once and for all; default: all')
     add('--eps', type=record.budget,

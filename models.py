@@ -4,7 +4,6 @@ Inputs are images in [0, 1], (N, C, H, W); outputs are logits, (N, 10). Names in
 parameter counts are those of the paper's released checkpoints, which therefore load as they are.
 """
 import contextlib
-import copy
 import math
 import os
 
@@ -311,7 +310,7 @@ def saved_bytes():
 
 
 def memory_at_hand(device):
-    """Bytes to keep things in: half of what is free on `device`, of a CPU's memory 4 GiB at most."""
+    """Bytes to keep things in: half of what is free on `device`, at most 4 GiB on a CPU."""
     if device.type == 'cuda':
         return torch.cuda.mem_get_info(device)[0] // 2
     pages = os.sysconf('SC_AVPHYS_PAGES') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 2 ** 18

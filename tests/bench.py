@@ -107,8 +107,8 @@ def row(b, what, unit, seconds, amount=None, peer='', theirs=None, same=None, ch
             middle = statistics.median(times)
             return amount / middle if amount else middle
 
-    r = {'what': what, 'unit': unit, 'ours': number(seconds), 'peer': peer, 'theirs': number(theirs),
-         'same': same, 'check': check, **more}
+    r = {'what': what, 'unit': unit, 'ours': number(seconds), 'peer': peer,
+         'theirs': number(theirs), 'same': same, 'check': check, **more}
     if theirs and same:
         ratios = sorted(other / own for own, other in zip(seconds, theirs))
         r |= {'ratio': statistics.median(ratios), 'range': [ratios[0], ratios[-1]]}
@@ -166,8 +166,9 @@ def step(b):
         before = copy.deepcopy(model.state_dict())
         noise = attack.uniform('pgd', 1, torch.arange(128), x.shape[1:], x)
 
-        runs = {'ours': lambda i: train.train_epoch(model, adversary, optimizer, x, y, c, 0, [], bar),
-                'attack': lambda i: adversary(x, y, c.eps, c.step_size, seed=1), 'peak': peak(b)}
+        runs = {
+            'ours': lambda i: train.train_epoch(model, adversary, optimizer, x, y, c, 0, [], bar),
+            'attack': lambda i: adversary(x, y, c.eps, c.step_size, seed=1), 'peak': peak(b)}
         if b.release:
             with quiet():
                 theirs = getattr(b.release.models, CLASSES[name])(width=c.width).to(b.device)
@@ -199,7 +200,7 @@ def step(b):
         seconds, results = alternate(b, runs)
         shared = dict(amount=128)
         if b.release:
-            shared |= dict(peer='release', theirs=seconds['theirs'], same=abs(a - z) <= 1e-4 * abs(z),
+            shared |= dict(peer='release', theirs=seconds['theirs'], same=abs(a - z) <= 1e-4,
                            check=f'PGD losses {a:.6f} {z:.6f}')
         row(b, f'step of {name}', 'images/s', seconds['ours'], **shared)
         with FlopCounterMode(display=False) as counter, models.frozen(model):
@@ -225,7 +226,7 @@ def trained(b):
     Also the network that peers attack: the same, as the release writes it, where that is at hand.
     """
     folder = pathlib.Path(b.args.run)
-    if not record.finished(folder):
+    if not (folder / 'config.json').exists() or not record.finished(folder):
         print(f'training {folder} ...', flush=True)
         with quiet():
             train.main(['--dataset', 'mnist5k', '--data-dir', b.args.data_dir, '--width', '4',

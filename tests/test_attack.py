@@ -634,12 +634,14 @@ sys.path.insert(0, sys.argv[1])
 import attack
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != 'darwin')
 for n in 500, 40000:
-    x, before = torch.rand(n, 1, 28, 28), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x, before = torch.rand(n, 1, 28, 28), peak()
     y = attack.predict(model, x)
     attack.apgd(model, x, y, 1e-6, 2)
     attack.square(model, x, y, 1e-6, 2)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (4 * x.numel()))
+print((peak() - before) / (4 * x.numel()))
 """
     grown = float(subprocess.run([sys.executable, '-c', code, pathlib.Path(attack.__file__).parent],
                                  capture_output=True, text=True, check=True).stdout)

@@ -235,7 +235,8 @@ def test_a_network_that_cannot_be_traced_is_attacked_as_it_is():
 
 
 @pytest.mark.parametrize('channels, kernel, padding, size', [
-    (1, 5, 2, 28), (3, 3, 1, 32), (1, 3, 0, 12), (2, 5, 4, 8), (1, (3, 5), (1, 2), 8), (1, 1, 0, 4)])
+    (1, 5, 2, 28), (3, 3, 1, 32), (1, 3, 0, 12), (2, 5, 4, 8), (1, (3, 5), (1, 2), 8),
+    (1, 1, 0, 4)])
 def test_the_gradient_for_images_is_that_of_the_convolution(channels, kernel, padding, size):
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, 6, kernel, padding=padding).double()

@@ -662,6 +662,24 @@ def test_no_speed_up_changes_what_is_learnt(tiny, tmp_path, monkeypatch, in_doub
         assert all(torch.allclose(found[key], plain[key], atol=1e-7) for key in plain), mode
 
 
+def test_a_step_of_resnet18_on_128_images_stays_below_2_gib():
+    code = """
+import resource, sys, torch, tqdm
+sys.path.insert(0, sys.argv[1])
+import attack, models, train
+torch.set_num_threads(1)
+c = train.settings(train.parse(['--dataset', 'cifar10', '--n-iter', '1', '--no-augment']))
+model = models.build('resnet18', 'cifar10', c.width).to(memory_format=torch.channels_last)
+x = torch.rand(256, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+train.train_epoch(model, attack.Adversary(model, 1), train.optimizer_of(model, c), x,
+                  torch.arange(256) % 10, c, 0, [], tqdm.tqdm(disable=True))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != 'darwin'))
+"""
+    peak = int(subprocess.run([sys.executable, '-c', code, pathlib.Path(train.__file__).parent],
+                              capture_output=True, text=True, check=True).stdout)
+    assert 2 ** 27 < peak < 2 ** 31
+
+
 def test_a_compiler_that_fails_is_named_with_the_way_out(tiny, tmp_path, monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError('no compiler at hand')
