@@ -103,15 +103,18 @@ class Adversary:
     ...) but for rounding: the attacked network is `models.folded`, as the parameters are at the
     call. On cuda the whole loop, folding included, is captured as a CUDA graph at the first batch
     of each shape; budgets are tensors in it, so that a schedule needs no other. Nothing waits for
-    the device; hence no value is checked: a nan shows in the loss of the update.
+    the device; hence no value is checked: logits that are nan make `total`, the sum of all losses
+    so far, nan.
+
+    Folding is checked on the images x, a few, if given.
 
     `compiled` is applied to the network (torch.compile); `captured` to the loop, a function without
     arguments, unless None: `captured` of this module on cuda, nothing elsewhere.
     """
 
-    def __init__(self, model, n_iter, *, compiled=None, captured=None):
+    def __init__(self, model, n_iter, *, x=None, compiled=None, captured=None):
         self.model, self.n_iter, self.captured, self.loops = model, n_iter, captured, {}
-        self.folded = models.folded(model)
+        self.folded, self.total = models.folded(model, x), next(model.parameters()).new_zeros(())
         self.network = compiled(self.folded) if compiled else self.folded
 
     def __call__(self, x, y, eps, step_size, *, start=None, seed=0):
@@ -137,8 +140,8 @@ class Adversary:
         def run():
             with models.frozen(self.model), torch.no_grad():
                 self.folded.refold()
-                ascend(self.network, s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size, self.n_iter,
-                       s.width)
+                self.total += ascend(self.network, s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size,
+                                     self.n_iter, s.width)
 
         capture = self.captured or (captured if x.is_cuda else None)
         return s, capture(run) if capture else run

@@ -46,13 +46,15 @@ def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size, 
     if 'clean' not in columns:
         keep('clean', attack.correct(model, x, y, batch_size), began)
     print(row('clean', columns['clean']))
-    before = ['clean']
     for key, run_attack in attacks.items():
         settings, began = settings_of(run_attack), time.monotonic()
-        if in_turn:
-            settings['after'] = '+'.join(before)
-        if columns.get(key, {}).get('settings') != settings:
-            standing = torch.from_numpy(right[before[-1]]).nonzero().squeeze(1)
+        if not settings.items() <= columns.get(key, {}).get('settings', {}).items():
+            right.pop(key, None)
+            before = list(right) if in_turn else ['clean']
+            standing = np.logical_and.reduce([right[name] for name in before]).nonzero()[0]
+            standing = torch.from_numpy(standing)
+            if in_turn:
+                settings |= {'after': '+'.join(before), 'attacked': len(standing)}
             x_standing, y_standing = x[standing], y[standing]
             with progress(model, TITLES[key], settings, len(standing)):
                 x_adv = run_attack(model, x_standing, y_standing, seed=seed, index=index[standing],
@@ -60,7 +62,6 @@ def evaluate(model, x, y, index, attacks, seed, out, result, right, batch_size, 
             correct = torch.zeros(len(x), dtype=torch.bool)
             correct[standing] = attack.correct(model, x_adv, y_standing, batch_size).cpu()
             keep(key, correct, began, settings=settings)
-        before += [key] if in_turn else []
         print(row(key, columns[key]), flush=True)
     print(row('worst', columns['worst']), flush=True)
 
@@ -205,8 +206,8 @@ def main(argv=None):
         with record.lock(out.parent, args.wait), models.tf32(False):
             result, right = kept(out, head, index)
             record.sign(result, args.device)
-            model = models.folded(model.to(args.device, memory_format=torch.channels_last))
             x, y = x[index], y[index]
+            model = models.folded(model.to(args.device, memory_format=torch.channels_last), x[:2])
             evaluate(model, x, y, index, {key: attacks[key] for key in args.attacks}, args.seed,
                      out, result, right, args.batch_size or attack.fitting_batch(model, x, y),
                      args.worst)

@@ -38,19 +38,19 @@ class Hessian:
 
     A product differentiates the gradient, whose graph does not depend on v. So these graphs are
     kept from the first product on, for as many chunks as `memory` bytes hold (unless given,
-    `models.memory_at_hand`), and a product takes some 3/5 of the time. New parameters make new
-    graphs.
+    `models.memory_at_hand`), and a further product takes some 3/5 of the time. Where parameters or
+    statistics of the model change, graphs are made anew; x and y must stay as they are.
     """
 
     def __init__(self, model, x, y, batch_size=250, memory=None):
-        self.model, self.n, self.versions = model, len(x), None
+        self.model, self.n, self.made_of = model, len(x), None
         self.chunks = list(zip(x.split(batch_size), y.split(batch_size)))
         self.memory = models.memory_at_hand(x.device) if memory is None else memory
 
     def __call__(self, v):
-        total, versions = torch.zeros_like(v), [p._version for p in self.model.parameters()]
-        if versions != self.versions:
-            self.versions, self.kept, self.room = versions, [], self.memory
+        total, state = torch.zeros_like(v), self.state()
+        if state != self.made_of:
+            self.made_of, self.kept, self.room = state, [], self.memory
         for i, chunk in enumerate(self.chunks):
             if i < len(self.kept):
                 gradient, theta = self.kept[i]
@@ -65,6 +65,11 @@ class Hessian:
         if not total.isfinite().all():
             raise attack.NotFiniteError('the Hessian of the loss is not finite')
         return total
+
+    def state(self):
+        """Sums by which parameters and buffers are known; versions miss fused optimizers."""
+        tensors = [t.detach().double() for t in (*self.model.parameters(), *self.model.buffers())]
+        return torch.stack([f(t) for t in tensors for f in (torch.sum, torch.norm)]).tolist()
 
     def gradient(self, x, y):
         """A chunk's part of the gradient, the parameters, and the bytes that its graph holds."""

@@ -182,28 +182,38 @@ def frozen(model):
             parameter.requires_grad_(requires_grad)
 
 
-def folded(model):
+def folded(model, x=None):
     """`model` as its attackers want it: the same function of x in eval mode, at less cost.
 
     Each BatchNorm is folded into the convolution before it, which is exact but for rounding, and
     convolutions are laid out as is fastest (`Convolution`); all else is shared with `model`. When
     its parameters or statistics change, refold() of what is returned takes over the new ones. A
-    model that torch.fx cannot follow is returned as it is, its refold() doing nothing.
+    model that torch.fx cannot follow, or of which it makes something else, as images x show, is
+    returned as it is, its refold() doing nothing.
     """
+    if hasattr(model, 'refold'):
+        model.refold()
+        return model
+    tracer = torch.fx.Tracer()
+    tracer.proxy_buffer_attributes = True  # else what is computed of buffers alone is a constant
     try:
         with frozen(model):
-            network = torch.fx.symbolic_trace(model)
+            network = torch.fx.GraphModule(model, tracer.trace(model))
     except Exception:  # a tracer fails in as many ways as there are models
-        model.refold = lambda: None
-        return model
+        return unfolded(model)
     modules = {node: model.get_submodule(node.target) for node in network.graph.nodes
                if node.op == 'call_module'}
-    once = {node: list(modules.values()).count(module) == 1 for node, module in modules.items()}
+    plain = {node: list(modules.values()).count(module) == 1 and not (
+        module._forward_hooks or module._forward_pre_hooks) for node, module in modules.items()}
+    for node in network.graph.nodes:
+        if node.op == 'get_attr':  # a parameter that is used outside of its module, too
+            plain = {call: ok and not node.target.startswith(f'{call.target}.')
+                     for call, ok in plain.items()}
     pairs = []
     for node, conv in modules.items():
-        if type(conv) is nn.Conv2d and once[node]:
-            after, bn = next(iter(node.users)), None
-            if len(node.users) == 1 and once.get(after) and (
+        if type(conv) is nn.Conv2d and plain[node]:
+            after, bn = next(iter(node.users), None), None
+            if len(node.users) == 1 and plain.get(after) and (
                     type(modules[after]) is nn.BatchNorm2d and modules[after].track_running_stats):
                 bn = modules[after]
                 after.replace_all_uses_with(node)
@@ -216,15 +226,26 @@ def folded(model):
     @torch.no_grad()
     def refold():
         for own, conv, bn in pairs:
-            weight, bias = conv.weight, 0. if conv.bias is None else conv.bias
+            weight, bias = conv.weight, conv.bias
             if bn:
                 weight, bias = fuse_conv_bn_weights(
-                    weight, conv.bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+                    weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
             own.become(weight, bias)
 
     network.refold = refold
     refold()
+    if x is not None:
+        with frozen(model), frozen(network), torch.no_grad():
+            expected, found = model(x).double(), network(x).double()
+        if not (found - expected).norm() <= 1e-3 * expected.norm():
+            return unfolded(model)
     return network
+
+
+def unfolded(model):
+    """The model itself, with a refold() that does nothing."""
+    model.refold = lambda: None
+    return model
 
 
 class Convolution(nn.Conv2d):
@@ -239,6 +260,7 @@ class Convolution(nn.Conv2d):
                          conv.padding, conv.dilation, conv.groups, True, conv.padding_mode,
                          conv.weight.device, conv.weight.dtype)
         self.requires_grad_(False)
+        self.bias.zero_()
         on_cpu = conv.weight.device.type == 'cpu'
         self.is_small, self.block = on_cpu and conv.in_channels >= 256, 0
         if on_cpu and conv.in_channels <= 3 and conv.groups == 1 and (
@@ -252,11 +274,13 @@ class Convolution(nn.Conv2d):
     def become(self, weight, bias):
         """Takes over these parameters."""
         self.weight.copy_(weight)
-        self.bias.copy_(bias)
+        if bias is not None:  # else it is and stays 0
+            self.bias.copy_(bias)
         if self.block:
             self.kernel = ImageGradient.kernel(self.weight, self.block)
 
-    def forward(self, x):
+    def forward(self, input):
+        x = input
         if self.block and x.shape[2] % self.block == x.shape[3] % self.block == 0:
             return ImageGradient.apply(x, self.weight, self.bias, self.padding, self.kernel)
         return super().forward(x.contiguous() if self.is_small else x)

@@ -120,7 +120,7 @@ def lock(folder, wait=False):
 
 
 LEFTOVER = (r'\.(config|log|trace|diverged|last|period\d+|table1|claims|landscape'
-            r'|(evaluate|hessian|similarity|surface|connect|dead|theory|fig|c2).*)'
+            r'|(worst|evaluate|hessian|similarity|surface|connect|dead|theory|fig|c2).*)'
             r'\.(json|jsonl|npz|png|pt|md|csv)\.\d+\.tmp')
 
 

@@ -70,6 +70,7 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         errors += wrong
         seen += len(y_batch)
         if i % 50 == 0 or i == n_batches - 1:  # else nothing waits for the device
+            attack.refuse_nan(adversary.total)
             if not loss_sum.isfinite():
                 raise attack.NotFiniteError(f'the loss became {loss_sum.item()}')
             bar.set_postfix_str(f'eps {eps:.3f} lr {lr:.2g} loss {loss_sum.item() / seen:.2f} '
@@ -131,7 +132,7 @@ def main(argv=None):
               + (f', going on after epoch {len(log)}' if log else ''))
         compiled = torch.compile if args.compile else None
         net = compiled(model) if compiled else model
-        adversary = attack.Adversary(model, c.n_iter, compiled=compiled)
+        adversary = attack.Adversary(model, c.n_iter, x=x[:2], compiled=compiled)
         with tqdm(total=c.epochs * len(x), initial=len(log) * len(x), unit=' images',
                   unit_scale=True, disable=None, bar_format='{percentage:3.0f}%  {rate_fmt}  '
                   '{remaining} left{postfix}') as bar:
@@ -150,7 +151,7 @@ def main(argv=None):
                         f'kept. Try a smaller --lr than {c.lr:g} or a warm-up, with a new --out'
                     ) from None
                 except RuntimeError as error:
-                    if not args.compile:
+                    if not args.compile or isinstance(error, torch.OutOfMemoryError):
                         raise
                     reason = ' '.join(str(error).split()[:30])
                     raise ValueError(f'--compile failed: {reason} ... The same command without it '

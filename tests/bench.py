@@ -42,30 +42,34 @@ CLASSES = {'lenet': 'MNIST_LeNet', 'vgg': 'CIFAR10_VGG', 'resnet18': 'CIFAR10_Re
 
 def main(argv=None):
     args = parse(argv)
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # as train.py
     b = SimpleNamespace(rows=[], args=args, device=torch.device(args.device),
                         release=release(args.release))
     print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch '
           f'{torch.__version__}, {args.device}; {args.rounds} rounds\n'
           f'{"":<30}{"ours":>10}  {"":<24}{"theirs":>10}  {"ratio":>6} {"range":^13}  check')
-    with models.tf32(False):
-        for part in args.parts:
-            PARTS[part](b)
-    print(json.dumps({'torch': torch.__version__, 'threads': torch.get_num_threads(),
-                      'device': str(args.device), 'rounds': args.rounds, 'rows': b.rows}))
+    try:
+        with models.tf32(False):
+            for part in args.parts:
+                PARTS[part](b)
+    finally:
+        print(json.dumps({'torch': torch.__version__, 'threads': torch.get_num_threads(),
+                          'device': str(args.device), 'rounds': args.rounds, 'rows': b.rows}))
 
 
 def release(path):
     """The modules of the authors' release that take part, or None."""
     if path is None:
         return None
-    if not pathlib.Path(path, 'util/attack.py').exists():
-        raise ValueError(f'--release {path} is no checkout of liuchen11/AdversaryLossLandscape')
-    sys.path.append(str(path))
+    sys.path.insert(1, str(path))
     # torch has dropped what one of its imports names and none of these parts uses
     sys.modules['torch.autograd.gradcheck'].zero_gradients = None
-    return SimpleNamespace(**{name: importlib.import_module(f'util.{name}')
-                              for name in ('models', 'attack', 'hessian')})
+    try:
+        return SimpleNamespace(**{name: importlib.import_module(f'util.{name}')
+                                  for name in ('models', 'attack', 'hessian')})
+    except ImportError as error:
+        raise ValueError(f'--release {path} is no whole checkout of '
+                         f'liuchen11/AdversaryLossLandscape: {error}') from None
 
 
 @contextlib.contextmanager
@@ -159,12 +163,15 @@ def step(b):
         torch.manual_seed(0)
         model = models.build(name, dataset, c.width).to(
             b.device, memory_format=torch.channels_last)
-        with torch.no_grad():
-            model(x)  # gives BatchNorm statistics that are not trivial
         optimizer = train.optimizer_of(model, c)
+        for _ in range(8):  # so that logits move with x, and BatchNorm has statistics
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), .1)
+            optimizer.step()
         adversary, bar = attack.Adversary(model, c.n_iter), tqdm(disable=True)
         before = copy.deepcopy(model.state_dict())
-        noise = attack.uniform('pgd', 1, torch.arange(128), x.shape[1:], x)
+        noise = attack.uniform('pgd', 1, torch.arange(128, device=x.device), x.shape[1:], x)
 
         runs = {
             'ours': lambda i: train.train_epoch(model, adversary, optimizer, x, y, c, 0, [], bar),
@@ -195,13 +202,14 @@ def step(b):
             x_theirs = pgd.attack(theirs, their_optimizer, images, y, loss)[0]
             torch.rand = rand
             x_ours = adversary(x, y, c.eps, c.step_size, seed=1)
-            a, z = (attack.mean_loss(net, x_adv, y)[0]
-                    for net, x_adv in ((model, x_ours), (theirs, x_theirs)))
+            clean, a, z = (attack.mean_loss(net, images, y)[0] for net, images in (
+                (model, x), (model, x_ours), (theirs, x_theirs)))
         seconds, results = alternate(b, runs)
         shared = dict(amount=128)
         if b.release:
-            shared |= dict(peer='release', theirs=seconds['theirs'], same=abs(a - z) <= 1e-4,
-                           check=f'PGD losses {a:.6f} {z:.6f}')
+            shared |= dict(peer='release', theirs=seconds['theirs'],
+                           same=abs(a - z) <= .01 * (z - clean) > 1e-4,
+                           check=f'loss {clean:.4f}, PGD {a:.5f} {z:.5f}')
         row(b, f'step of {name}', 'images/s', seconds['ours'], **shared)
         with FlopCounterMode(display=False) as counter, models.frozen(model):
             model(x)
@@ -232,9 +240,10 @@ def trained(b):
             train.main(['--dataset', 'mnist5k', '--data-dir', b.args.data_dir, '--width', '4',
                         '--eps-sched', 'linear', '--epochs', '15', '--step-size', '0.05',
                         '--n-iter', '10', '--lr', '3e-3', '--n-eval', '100', '--device',
-                        str(b.device), '--out', str(folder)])
+                        str(b.device), '--out', str(folder)] + ['--wait'] * b.args.wait)
     path, config = record.members(folder)[-1]
-    model = theirs = record.rebuild(path, config).to(b.device)
+    model = record.rebuild(path, config).to(b.device)
+    theirs = copy.deepcopy(model).eval()
     if b.release and config['model'] == 'lenet':
         theirs = release_lenet(b, model)
     return model, theirs, config
@@ -253,21 +262,28 @@ def attacks(b):
     network, eps = models.folded(model), config['eps']
     _, _, x, y = load(b, config['dataset'])
     x, y = x[:b.args.n], y[:b.args.n]
-    parts = list(zip(x.tensor_split(b.args.rounds), y.tensor_split(b.args.rounds)))
+    index = torch.arange(len(x))
+    parts = list(zip(*(tensor.tensor_split(b.args.rounds) for tensor in (x, y, index))))
     others = peers(b, theirs, eps)
+
+    def found(network, x, y, x_adv, n):
+        off = (x_adv - x).abs().max().item(), x_adv.min().item(), x_adv.max().item()
+        inside.append(off[0] <= eps + 1e-6 and off[1] >= 0 and off[2] <= 1)
+        return n - attack.correct(network, x_adv, y).sum().item()
+
     for key in b.args.attacks:
+        inside = []
+
         def ours(i):
-            standing = attack.correct(network, *parts[i])
-            x, y = (tensor[standing] for tensor in parts[i])
-            x_adv = OURS[key](network, x, y, eps)
-            return len(standing) - attack.correct(network, x_adv, y).sum().item()
+            standing = attack.correct(network, *parts[i][:2])
+            x, y, index = (tensor[standing.to(tensor.device)] for tensor in parts[i])
+            return found(network, x, y, OURS[key](network, x, y, eps, index=index), len(standing))
 
         def of(peer):
             def run(i):
-                standing = attack.correct(theirs, *parts[i])
-                x, y = (tensor[standing] for tensor in parts[i])
-                x_adv = peer(key, x, y)
-                return len(standing) - attack.correct(theirs, x_adv, y).sum().item()
+                standing = attack.correct(theirs, *parts[i][:2])
+                x, y = (tensor[standing] for tensor in parts[i][:2])
+                return found(theirs, x, y, peer(key, x, y), len(standing))
             return run
 
         runs = {'ours': ours} | {name: of(peer) for name, peer in others.items()}
@@ -277,15 +293,15 @@ def attacks(b):
         for name in others or ['']:
             row(b, key, f's per {len(x)} images', total, peer=name,
                 theirs=[len(parts) * t for t in seconds[name]] if name else None,
-                same=not name or errors['ours'] >= errors[name] - .5,
+                same=not name or all(inside) and errors['ours'] >= errors[name] - .5,
                 check='robust error ' + ' '.join(
                     f'{errors[who]:.2f} %' for who in ('ours', name) if who))
 
 
 OURS = {
-    'apgd100_ce': lambda model, x, y, eps: attack.apgd(model, x, y, eps, 100, 5, 'ce'),
-    'apgd100_dlr': lambda model, x, y, eps: attack.apgd(model, x, y, eps, 100, 5, 'dlr'),
-    'square5k': lambda model, x, y, eps: attack.square(model, x, y, eps, 5000),
+    'apgd100_ce': functools.partial(attack.apgd, n_iter=100, n_restarts=5, loss='ce'),
+    'apgd100_dlr': functools.partial(attack.apgd, n_iter=100, n_restarts=5, loss='dlr'),
+    'square5k': functools.partial(attack.square, n_queries=5000),
 }
 
 
@@ -325,6 +341,8 @@ def curvature(b):
     n, k = b.args.hessian_n, 20
     torch.manual_seed(0)
     x, y = (tensor[:n] for tensor in load(b, b.args.hessian_data)[:2])
+    if len(x) < n:
+        raise ValueError(f'--hessian-n {n}: {b.args.hessian_data} has {len(x)} training images')
     model = models.build('lenet', 'mnist', 16).to(b.device)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     for _ in range(60):  # away from the initialiser; any point will do
@@ -334,7 +352,7 @@ def curvature(b):
         optimizer.step()
     x = attack.pgd(models.folded(model), x, y, .1, .02, 10)
     dim = sum(p.numel() for p in model.parameters())
-    chunk = math.gcd(n, 250)
+    chunk = max(size for size in range(1, 251) if n % size == 0)  # the release drops a rest
     H = hessian.Hessian(model, x, y, chunk)
     chunks, loss = list(zip(x.split(chunk), y.split(chunk))), torch.nn.CrossEntropyLoss()
     v = hessian.analysis.random_unit(dim, x.new_zeros(()), 0)
@@ -358,12 +376,13 @@ def curvature(b):
     with contextlib.suppress(ImportError):
         from pyhessian import hessian as PyHessian
         parts = hessian.analysis.unflat(v, list(model.parameters()))
-        peer = PyHessian(copy.deepcopy(model), loss, dataloader=chunks, cuda=False)
+        peer = PyHessian(copy.deepcopy(model), loss, dataloader=chunks,
+                         cuda=b.device.type == 'cuda')
         theirs['PyHessian'] = lambda i: peer.dataloader_hv_product(parts)[0], lambda: v @ H(v)
     seconds, results = alternate(b, runs | {name: run for name, (run, _) in theirs.items()})
     for name in theirs or ['']:
         a, z = (theirs[name][1]().item(), float(results[name][-1])) if name else (0, 0)
-        row(b, 'Hessian', f'products/s, n {n}', seconds['ours'], 1, peer=name,
+        row(b, 'Hessian', f'further products/s, n {n}', seconds['ours'], 1, peer=name,
             theirs=seconds[name] if name else None, same=abs(a - z) <= 1e-3 * abs(z),
             check=f"v'Hv {a:.5g} {z:.5g}" if name else '')
 
@@ -417,11 +436,11 @@ def parse(argv):
     add('--release', metavar='DIR', help="a checkout of the authors' release; default: without it")
     add('--parts', nargs='+', choices=PARTS, default=list(PARTS), help='default: all')
     add('--rounds', type=record.number(int, 5), default=5, help='at least 5; default: 5')
-    add('--n', type=record.number(int, 5, 1000), default=1000,
+    add('--n', type=record.number(int, 50, 1000), default=1000,
         help='test images for the attacks, in as many parts as there are rounds; default: 1000')
     add('--attacks', nargs='+', choices=OURS, default=list(OURS), help='default: all')
-    add('--run', default='ckpts/bench',
-        help='the run whose last model is attacked, trained if there is none; default: ckpts/bench')
+    add('--run', default='evals/bench',
+        help='the run whose last model is attacked, trained if there is none; default: evals/bench')
     add('--hessian-n', type=count, default=100, help='images of the Hessian; default: 100')
     add('--hessian-data', choices=('mnist', 'mnist5k'), default='mnist5k',
         help='where they are from; default: mnist5k')

@@ -707,6 +707,16 @@ def test_a_loop_is_captured_once_for_each_shape_whatever_the_budget():
     assert len(captures) == 2 and len(replays) == 5
 
 
+def test_logits_that_are_nan_show_in_the_total_of_an_adversary():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(2704, 10))
+    adversary, x, y = attack.Adversary(model, 2), images(6).float(), torch.arange(6)
+    adversary(x, y, .1, .05)
+    assert adversary.total.isfinite() and adversary.total > 0
+    model[1].running_var.fill_(-1)
+    adversary(x, y, .1, .05)
+    assert adversary.total.isnan()
+
+
 def test_what_an_adversary_returns_is_not_overwritten_by_the_next_batch():
     adversary, x, y = attack.Adversary(lenet(), 2), images(6), torch.arange(6)
     first = adversary(x, y, .1, .05)

@@ -94,13 +94,16 @@ def test_a_graph_counts_at_least_the_activations_it_holds():
     assert 4 * 10 * (4 * 28 * 28 + 2 * 4 * 14 * 14) < size < 100 * 4 * 10 * 4 * 28 * 28
 
 
-def test_products_follow_parameters_that_change():
+@pytest.mark.parametrize('change', [
+    lambda model: next(model.parameters()).data.mul_(2),
+    lambda model: model[1].running_mean.add_(1),
+    lambda model: model[1].running_var.mul_(2)], ids=['parameter', 'mean', 'variance'])
+def test_products_follow_parameters_and_statistics_that_change(change):
     model, x, y = tiny_network()
     v = torch.randn(sum(p.numel() for p in model.parameters())).double()
     H = hessian.Hessian(model, x, y)
     before = H(v)
-    with torch.no_grad():
-        next(model.parameters()).mul_(2)
+    change(model)
     assert torch.equal(H(v), hessian.hvp(model, x, y, v)) and not torch.allclose(H(v), before)
 
 

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models
@@ -222,6 +223,64 @@ def test_only_a_batch_norm_right_behind_its_convolution_is_folded():
     assert same_function(model, folded, torch.rand(3, 3, 8, 8).double())
     left = [name for name, m in folded.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert left == ['bn1', 'bn2', 'bn3', 'bn5']
+
+
+def hooked(model):
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    return model
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.conv_transpose2d(self.bn(self.conv(x)), self.conv.weight).mean((2, 3))
+
+
+class Unused(Tied):
+    def forward(self, x):
+        self.conv(x)
+        return self.bn(input=self.conv(input=x)).mean((2, 3))
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('std', torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        return (x / (2 * self.std)).mean((2, 3))
+
+
+@pytest.mark.parametrize('build', [
+    lambda: hooked(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten())),
+    Tied, Unused, Scaled,
+    lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)),
+                          nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten())],
+    ids=['hooked', 'tied', 'unused', 'scaled', 'spectral norm'])
+def test_unusual_networks_are_the_same_function_too_also_after_changes(build):
+    torch.manual_seed(0)
+    model = build().double().eval()
+    folded, x = models.folded(model), torch.rand(3, 3, 8, 8).double()
+    assert same_function(model, folded, x)
+    with torch.no_grad():
+        for tensor in *model.parameters(), *model.buffers():
+            if tensor.is_floating_point():
+                tensor.mul_(1.5)
+    folded.refold()
+    assert same_function(model, folded, x)
+    assert models.folded(folded) is folded
+
+
+def test_a_network_that_the_tracer_takes_for_another_is_attacked_as_it_is():
+    class Misread(nn.Module):
+        def forward(self, x):
+            return 4 * x if isinstance(x, torch.Tensor) else x
+
+    model, x = Misread(), torch.rand(2, 3)
+    assert models.folded(model, x) is model
 
 
 def test_a_network_that_cannot_be_traced_is_attacked_as_it_is():
