@@ -613,11 +613,6 @@ def test_precision_holds_in_the_backward_pass_too(tiny, tmp_path, monkeypatch, p
     assert seen == [(allowed, 'high' if allowed else 'highest')] * 2
 
 
-def unfolded(model):
-    model.refold = lambda: None
-    return model
-
-
 def replayed(run):
     """In place of a CUDA graph: the loop once for the capture, and again for each replay."""
     run()
@@ -643,7 +638,7 @@ def test_no_speed_up_changes_what_is_learnt(tiny, tmp_path, monkeypatch, in_doub
     with monkeypatch.context() as patch:
         patch.setattr(torch, 'channels_last', torch.contiguous_format)
         train.main([*argv, str(tmp_path / 'folded')])
-        patch.setattr(models, 'folded', unfolded)
+        patch.setattr(models, 'folded', lambda model, x=None: models.unfolded(model))
         train.main([*argv, str(tmp_path / 'plain')])
     train.main([*argv, str(tmp_path / 'channels_last')])
     with monkeypatch.context() as patch:  # the tracing, without a C++ compiler
