@@ -164,11 +164,13 @@ def step(b):
         model = models.build(name, dataset, c.width).to(
             b.device, memory_format=torch.channels_last)
         optimizer = train.optimizer_of(model, c)
-        for _ in range(8):  # so that logits move with x, and BatchNorm has statistics
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), .1)
-            optimizer.step()
+        norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for momentum in 1., .1:  # statistics of these images, so that logits move with x
+            for module in norms:
+                module.momentum = momentum
+            if momentum == 1:
+                with torch.no_grad():
+                    model(x)
         adversary, bar = attack.Adversary(model, c.n_iter), tqdm(disable=True)
         before = copy.deepcopy(model.state_dict())
         noise = attack.uniform('pgd', 1, torch.arange(128, device=x.device), x.shape[1:], x)
