@@ -165,12 +165,12 @@ def step(b):
             b.device, memory_format=torch.channels_last)
         optimizer = train.optimizer_of(model, c)
         norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-        for momentum in 1., .1:  # statistics of these images, so that logits move with x
-            for module in norms:
-                module.momentum = momentum
-            if momentum == 1:
-                with torch.no_grad():
-                    model(x)
+        for module in norms:  # to take the statistics of these images, so that logits move with x
+            module.momentum = 1.
+        with torch.no_grad():
+            model(x)
+        for module in norms:
+            module.momentum = .1
         adversary, bar = attack.Adversary(model, c.n_iter), tqdm(disable=True)
         before = copy.deepcopy(model.state_dict())
         noise = attack.uniform('pgd', 1, torch.arange(128, device=x.device), x.shape[1:], x)
