@@ -183,22 +183,25 @@ def apgd(model, x, y, eps, n_iter=100, n_restarts=1, loss='ce', *, rho=.75, best
     s = apgd_begin(x[:0], y[:0], waiting[:0], x[:0], eps)
     while len(waiting) + len(s.rows):
         new, waiting = waiting.tensor_split([batch_size - len(s.rows)])
-        noise = uniform(f'apgd {loss}', seed, index[new], x.shape[1:], x, restarts[new])
-        begun = apgd_begin(x[new], y[new], new, noise, eps)
-        s = SimpleNamespace(**{name: torch.cat([state, getattr(begun, name)])
-                               for name, state in vars(s).items()})
+        if len(new):
+            noise = uniform(f'apgd {loss}', seed, index[new], x.shape[1:], x, restarts[new])
+            begun = apgd_begin(x[new], y[new], new, noise, eps)
+            s = SimpleNamespace(**{name: torch.cat([state, getattr(begun, name)])
+                                   for name, state in vars(s).items()})
         for _ in range(min(4, n_iter + 1 - int(s.k.max()))):
             total += apgd_step(s, model, LOSSES[loss], checkpoints, rho, best_loss)
         done = (s.k > n_iter) | (s.loss_best == math.inf)
-        ended, going = done.nonzero().squeeze(1), (~done).nonzero().squeeze(1)
-        rows = s.rows[ended]
-        better = s.loss_best[ended] > best[rows]
-        x_adv[rows] = torch.where(per_image(better), s.x_best[ended], x_adv[rows])
-        best[rows] = torch.maximum(s.loss_best[ended], best[rows])
-        restarts[rows] += 1
-        again = (restarts[rows] < n_restarts) & (best[rows] < math.inf)
-        waiting = torch.cat([waiting, rows[again]])
-        s = SimpleNamespace(**{name: state[going] for name, state in vars(s).items()})
+        ended = done.nonzero().squeeze(1)
+        if len(ended):
+            rows = s.rows[ended]
+            better = s.loss_best[ended] > best[rows]
+            x_adv[rows] = torch.where(per_image(better), s.x_best[ended], x_adv[rows])
+            best[rows] = torch.maximum(s.loss_best[ended], best[rows])
+            restarts[rows] += 1
+            again = (restarts[rows] < n_restarts) & (best[rows] < math.inf)
+            waiting = torch.cat([waiting, rows[again]])
+            going = (~done).nonzero().squeeze(1)
+            s = SimpleNamespace(**{name: state[going] for name, state in vars(s).items()})
     refuse_nan(total)
     return x_adv
 
@@ -246,9 +249,10 @@ def apgd_step(s, model, criterion, checkpoints, rho, best_loss):
     s.rises = s.rises.masked_fill(check, 0)
     s.mark = torch.where(check, s.k, s.mark)
     # z, then the step towards it with momentum but in the first one
-    step = torch.clamp(x_k + per_image(s.eta) * grad.sign(), s.low, s.high) - x_k
-    a = per_image(1 - .25 * (s.k > 0))
-    s.x_prev, s.x_k = x_k, torch.clamp(x_k + a * step + (1 - a) * (x_k - s.x_prev), s.low, s.high)
+    z = torch.addcmul(x_k, per_image(s.eta), grad.sign()).clamp_(s.low, s.high)
+    a = per_image(1 - .25 * (s.k > 0).to(x_k))
+    x_next = x_k.lerp(z, a).addcmul_(1 - a, x_k - s.x_prev).clamp_(s.low, s.high)
+    s.x_prev, s.x_k = x_k, x_next
     s.k = s.k + 1
     return total
 

@@ -130,30 +130,28 @@ class Krylov:
         self.checking, self.reference = state['checking'], state['reference']
         self.done = state['done']
 
-    def orthogonal(self, q):
-        """q less its part in the basis, and that part's coefficients; twice is enough."""
+    def split(self, q):
+        """q less its part in the basis, and that part's coefficients, (size,)."""
         V = self.V[:self.size]
         t = products(V, q)
-        q = q - V.T @ t.to(q)
-        again = products(V, q)
-        return q - V.T @ again.to(q), t + again
+        return q - V.T @ t.to(q), t
 
     def random(self):
         """A random direction outside of the basis."""
         like = self.V[0]
-        return self.orthogonal(analysis.random_unit(len(like), like, self.seed, 1, self.size))[0]
+        return self.split(analysis.random_unit(len(like), like, self.seed, 1, self.size))[0]
 
     def step(self):
         """Adds a direction to the basis at the cost of one product: the one that waits longest, or
-        while checking the latest."""
+        while checking the latest. It was split off when it began to wait: twice is enough."""
         place = -1 if self.checking else 0
-        q, owner = self.orthogonal(self.queue.pop(place))[0], self.owners.pop(place)
+        q, owner = self.split(self.queue.pop(place))[0], self.owners.pop(place)
         if owner >= 0 and norm(q) <= rounding(self.T, q.dtype):
-            q = self.random()
+            q = self.split(self.random())[0]
         v = self.V[self.size] = q / norm(q)
         self.queue = [other - (v * other).sum() * v for other in self.queue]
         self.size += 1
-        residual, t = self.orthogonal(self.matvec(v))
+        residual, t = self.split(self.matvec(v))
         self.T[self.size - 1, :self.size] = self.T[:self.size, self.size - 1] = t.cpu()
         self.queue.append(residual)
         self.owners.append(self.size - 1)
