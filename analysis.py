@@ -36,7 +36,7 @@ def subject(path, args):
     if eps is None:
         eps = config['eps'] if config else data.paper(dataset)['eps']
     settings = data.pgd_of(config or data.paper(dataset, eps), dataset, eps)
-    x, y = load(dataset, args.data_dir, args.device)[:2]
+    x, y = data.load_once(dataset, args.data_dir, args.device)[:2]
     n_train = config and config.get('n_train') or len(x)
     if args.n_examples and args.n_examples > n_train:
         raise ValueError(f'--n-examples {args.n_examples}: {path} was trained on {n_train} images')
@@ -59,9 +59,6 @@ def subject(path, args):
         config=config, folder=folder, name=folder.resolve().name, head=head)
 
 
-load = functools.lru_cache(1)(data.load)  # runs named together mostly share their dataset
-
-
 def add_flags(parser):
     """The flags that `subject` reads."""
     add = parser.add_argument
@@ -75,7 +72,7 @@ def add_flags(parser):
         help='of attacks and random directions; default: 0')
     add('--float64', action='store_true', help='compute in double precision, for checks')
     add('--batch-size', type=record.number(int, 1), default=250,
-        help='images in the model at a time; changes no result; default: 250')
+        help='images in the model at a time, at most; changes no result; default: 250')
     record.add_machine_flags(parser)
 
 
@@ -173,7 +170,7 @@ def resume(path, head, device):
 
 def title(head):
     """What a figure is of, in one line: run, n and eps."""
-    eps = f'{head["eps"] * 255:g}/255' if head['dataset'] == 'cifar10' else f'{head["eps"]:g}'
+    eps = data.budget(head['eps'], head['dataset'])
     return (f'{pathlib.Path(head["checkpoint"]).resolve().parent.name}: eps {eps}, '
             f'n = {head["n"]:,} of {head["dataset"]}')
 

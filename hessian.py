@@ -81,12 +81,17 @@ class Hessian:
         return gradient, list(theta.values()), sum(saved.values())
 
 
+def fitting_chunk(model, x, y, most=250):
+    """How many of the images x, at most `most`, memory allows in a chunk of a `Hessian`.
+
+    What an image takes is measured on the graph of 16.
+    """
+    x, y = x[:16], y[:16]
+    size = Hessian(model, x, y).gradient(x, y)[2]
+    return max(1, min(most, len(x) * models.memory_at_hand(x.device) // (2 * size)))
+
+
 CHECKS = 6
-
-
-def norm(q):
-    """||q||; unlike torch's norm, which is off by 2e-4 on some millions of floats on a CPU."""
-    return (q * q).sum().sqrt()
 
 
 def products(V, q, part=2 ** 14):
@@ -146,9 +151,9 @@ class Krylov:
         while checking the latest. It was split off when it began to wait: twice is enough."""
         place = -1 if self.checking else 0
         q, owner = self.split(self.queue.pop(place))[0], self.owners.pop(place)
-        if owner >= 0 and norm(q) <= rounding(self.T, q.dtype):
+        if owner >= 0 and models.norm(q) <= rounding(self.T, q.dtype):
             q = self.split(self.random())[0]
-        v = self.V[self.size] = q / norm(q)
+        v = self.V[self.size] = q / models.norm(q)
         self.queue = [other - (v * other).sum() * v for other in self.queue]
         self.size += 1
         residual, t = self.split(self.matvec(v))
@@ -233,11 +238,11 @@ def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, block=None, 
         V, v = s['V'], s['v']
         for _ in range(2):
             v = v - V.T @ products(V, v).to(v)
-            v = v / norm(v)
+            v = v / models.norm(v)
         w = matvec(v)
         value = products(v[None], w).item()
         values = torch.tensor(s['values'] + [value]).double()
-        left = norm(w - V.T @ products(V, w).to(w) - value * v).double()
+        left = models.norm(w - V.T @ products(V, w).to(w) - value * v).double()
         residuals = torch.tensor(s['residuals'] + [relative(values[-1:], left).item()]).double()
         s = s | {'v': w, 'spent': s['spent'] + 1}
         if s['spent'] == budget or converged(values, residuals, tol, like.dtype)[-1]:
@@ -252,7 +257,7 @@ def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, block=None, 
     values, S = values[order], S[:, order].T.to(like)
     vectors = S @ s['V']
     left = S @ s['HV'] - values.to(like)[:, None] * vectors
-    norms = torch.stack([norm(row) for row in left]).double().cpu()
+    norms = torch.stack([models.norm(row) for row in left]).double().cpu()
     return values, upright(vectors), relative(values, norms)
 
 
@@ -399,7 +404,8 @@ def analyse(s, args):
 
         @functools.cache
         def matrix():
-            return Hessian(s.model, x_adv(), s.y, args.batch_size)
+            chunk = fitting_chunk(s.model, x_adv(), s.y, args.batch_size)
+            return Hessian(s.model, x_adv(), s.y, chunk)
 
         def matvec(v):
             return matrix()(v)

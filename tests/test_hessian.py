@@ -94,6 +94,17 @@ def test_a_graph_counts_at_least_the_activations_it_holds():
     assert 4 * 10 * (4 * 28 * 28 + 2 * 4 * 14 * 14) < size < 100 * 4 * 10 * 4 * 28 * 28
 
 
+def test_a_chunk_is_as_large_as_memory_and_the_flag_allow(monkeypatch):
+    model, x, y = models.LeNet(2), torch.rand(99, 1, 28, 28), torch.zeros(99, dtype=torch.long)
+    H = hessian.Hessian(model, x, y)
+    for memory, most, expected in (1, 250, 1), (1e12, 250, 250), (1e12, 30, 30):
+        monkeypatch.setattr(models, 'memory_at_hand', lambda device: int(memory))
+        assert hessian.fitting_chunk(model, x, y, most) == expected
+    memory = 2 ** 23
+    found = hessian.fitting_chunk(model, x, y)
+    assert 1 < found < 99 and .3 * memory < H.gradient(x[:found], y[:found])[2] < .6 * memory
+
+
 @pytest.mark.parametrize('change', [
     lambda model: next(model.parameters()).data.mul_(2),
     lambda model: model[1].running_mean.add_(1),
