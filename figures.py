@@ -50,11 +50,6 @@ def title(group):
             + f', {n_seeds} seed{"s" * (n_seeds != 1)}')
 
 
-def budget(eps, dataset):
-    """A budget as the paper prints it: 8/255 or 0.4."""
-    return f'{eps * 255:.4g}/255' if dataset == 'cifar10' and eps else f'{eps:.4g}'
-
-
 def by_eps(group, name, some=lambda run: True):
     """{(label, colour): runs} of those, of some runs in a group, that have the result `name`."""
     found, budgets = {}, sorted({run.eps for run in group})
@@ -62,7 +57,7 @@ def by_eps(group, name, some=lambda run: True):
         if getattr(run, name) and some(run):
             stuck = [other.constant for other in group if other.eps == run.eps]
             note = f' ({sum(stuck)} of {len(stuck)} constant classifiers)' * any(stuck)
-            key = (f'eps {budget(run.eps, run.config["dataset"])}{note}',
+            key = (f'eps {data.budget(run.eps, run.config["dataset"])}{note}',
                    colormaps['viridis'](budgets.index(run.eps) / len(budgets)))
             found.setdefault(key, []).append(run)
     return found
@@ -290,7 +285,7 @@ def figure_c24(group, path):
                         ax.bar(x, np.mean(shares), .7 / len(budgets), color=color, alpha=.7)
                         ax.plot([x] * len(shares), shares, 'k.', ms=4)
                 ax.bar(0, 0, color=color, alpha=.7,
-                       label=f'eps {budget(eps, group[0].config["dataset"])}')
+                       label=f'eps {data.budget(eps, group[0].config["dataset"])}')
             ax.set(xticks=range(len(widths)), xticklabels=widths, xlabel='width', title=layer,
                    ylim=(0, 1.02), ylabel='dead units (a dot a seed)')
         axes[0].legend()
@@ -322,7 +317,7 @@ def figure_c25(group, path):
                         paths.setdefault((kind or curve['curve'], t), []).append(
                             [point[key] for point in points])
                     for (name, t), curves in paths.items():
-                        of = f'eps {budget(eps, group[0].config["dataset"])}, {name}'
+                        of = f'eps {data.budget(eps, group[0].config["dataset"])}, {name}'
                         band(ax, t, curves, of, ls=style, color=color)
             ax.set(xlabel='$t$ along the path', ylabel=label + ' on training images',
                    ylim=(0, None))

@@ -340,7 +340,7 @@ def connect(args):
         raise ValueError(f'{args.run} is of {s.head["dataset"]} at eps {s.eps:g}, {args.other} of '
                          f'{other.head["dataset"]} at {other.eps:g}; --eps says at which')
     ends = [analysis.flat(model.parameters()) for model in (s.model, other.model)]
-    x_test, y_test = (part[:len(s.x)] for part in analysis.load(
+    x_test, y_test = (part[:len(s.x)] for part in data.load_once(
         s.head['dataset'], args.data_dir, args.device)[2:])
     x_test = x_test.to(s.x.dtype)
     made = {name: getattr(args, name) for name in ('curve', 'n_control', 'epochs', 'lr',
@@ -534,7 +534,7 @@ def theory(args):
     """Section 3 in numbers: Proposition 1 and Theorem 1 on linear models, Theorem 2, Figure 1."""
     began, out = time.monotonic(), pathlib.Path(args.out, 'theory')
     out.parent.mkdir(parents=True, exist_ok=True)
-    x, y = analysis.load('mnist5k', args.data_dir, 'cpu')[:2]
+    x, y = data.load_once('mnist5k', args.data_dir, 'cpu')[:2]
     rows = data.subset(len(x), 500)
     x, y = x[rows].flatten(1).double(), y[rows]
     generator = torch.Generator().manual_seed(attack.derive(args.seed, 8))

@@ -10,7 +10,6 @@ Leave the machine alone meanwhile: times are of use only beside each other.
 import argparse
 import contextlib
 import copy
-import functools
 import importlib
 import io
 import json
@@ -159,7 +158,7 @@ def step(b):
     """One PGD training step on 128 images, as train.py makes it: attack, then update."""
     for name, dataset in MODELS.items():
         c = settings(name, dataset, b.device)
-        x, y = (tensor[:128] for tensor in load(b, dataset)[:2])
+        x, y = (tensor[:128] for tensor in data.load_once(dataset, b.args.data_dir, b.device)[:2])
         torch.manual_seed(0)
         model = models.build(name, dataset, c.width).to(
             b.device, memory_format=torch.channels_last)
@@ -223,13 +222,6 @@ def step(b):
                   f'{statistics.median(results["peak"]):.0f}')
 
 
-def load(b, dataset):
-    return load_once(dataset, b.args.data_dir, b.device)
-
-
-load_once = functools.lru_cache(1)(data.load)
-
-
 def trained(b):
     """A LeNet, which some half of the images fool, and its settings; trained if there is none yet.
 
@@ -265,7 +257,7 @@ def attacks(b):
     """
     model, theirs, config = trained(b)
     network, eps = models.folded(model), config['eps']
-    _, _, x, y = load(b, config['dataset'])
+    _, _, x, y = data.load_once(config['dataset'], b.args.data_dir, b.device)
     images = x[:b.args.n], y[:b.args.n], torch.arange(b.args.n)
     others = peers(b, theirs, eps)
 
@@ -303,11 +295,7 @@ def attacks(b):
                     f'{errors[who]:.2f} %' for who in ('ours', name) if who))
 
 
-OURS = {
-    'apgd100_ce': functools.partial(attack.apgd, n_iter=100, n_restarts=5, loss='ce'),
-    'apgd100_dlr': functools.partial(attack.apgd, n_iter=100, n_restarts=5, loss='dlr'),
-    'square5k': functools.partial(attack.square, n_queries=5000),
-}
+OURS = {key: attack.ATTACKS[key] for key in ('apgd100_ce', 'apgd100_dlr', 'square5k')}
 
 
 def peers(b, model, eps):
@@ -345,7 +333,8 @@ def curvature(b):
     """Hessian products, and the top 20, of a LeNet of width 16 on adversarial digits."""
     n, k = b.args.hessian_n, 20
     torch.manual_seed(0)
-    x, y = (tensor[:n] for tensor in load(b, b.args.hessian_data)[:2])
+    x, y = (tensor[:n] for tensor in
+            data.load_once(b.args.hessian_data, b.args.data_dir, b.device)[:2])
     if len(x) < n:
         raise ValueError(f'--hessian-n {n}: {b.args.hessian_data} has {len(x)} training images')
     model = models.build('lenet', 'mnist', 16).to(b.device)

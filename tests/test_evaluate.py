@@ -18,7 +18,7 @@ import models
 import record
 from test_train import killed_at
 
-FEW = ['--attacks', 'pgd', 'pgd100', '--n-examples', '40']
+FEW = ['--attacks', 'pgd', 'pgd100', '--n-examples', '20']
 
 
 @pytest.fixture(autouse=True)
@@ -81,14 +81,14 @@ def test_the_worst_case_alone_is_the_same_from_fewer_attacks(copies, here, monke
             return run_attack(model, x, y, **rest)
         return run
 
-    argv = [*here, str(copies / 'single'), '--attacks', 'pgd', 'pgd100', '--n-examples', '200']
+    argv = [*here, str(copies / 'single'), '--attacks', 'pgd', 'pgd100', '--n-examples', '100']
     for key in 'pgd', 'pgd100':
         monkeypatch.setitem(attack.ATTACKS, key, counted(attack.ATTACKS[key]))
     evaluate.main(argv)
     evaluate.main([*argv, '--worst'])
     _, right = result_of(copies / 'single')
-    result = record.load(copies / 'single/worst_n200.json')
-    with np.load(copies / 'single/worst_n200.npz') as arrays:
+    result = record.load(copies / 'single/worst_n100.json')
+    with np.load(copies / 'single/worst_n100.npz') as arrays:
         assert np.array_equal(arrays['worst'], right['worst'])
         assert np.array_equal(arrays['pgd100'], right['pgd'] & right['pgd100'])
     assert sizes == [right['clean'].sum()] * 3 + [right['pgd'].sum()] and sizes[3] < sizes[2]
@@ -156,13 +156,13 @@ def test_another_budget_is_kept_apart(copies, here):
     for flags in ([], ['--eps', '0.05'], ['--eps', '0']):
         evaluate.main([*here, str(copies / 'single'), *FEW, *flags])
     found = {path.name: record.load(path) for path in (copies / 'single').glob('evaluate*.json')}
-    assert set(found) == {'evaluate_n40.json', 'evaluate_n40_eps0.05.json',
-                          'evaluate_n40_eps0.json'}
+    assert set(found) == {'evaluate_n20.json', 'evaluate_n20_eps0.05.json',
+                          'evaluate_n20_eps0.json'}
     pgd = {name: result['columns']['pgd'] for name, result in found.items()}
     # at a budget that is not the run's, PGD is the paper's: steps of 0.01, eps / 0.01 + 10 of them
-    assert pgd['evaluate_n40_eps0.05.json']['settings'] == {'step_size': .01, 'n_iter': 15}
-    columns = found['evaluate_n40_eps0.json']['columns']
-    assert columns['pgd']['error'] == columns['clean']['error'] < pgd['evaluate_n40.json']['error']
+    assert pgd['evaluate_n20_eps0.05.json']['settings'] == {'step_size': .01, 'n_iter': 15}
+    columns = found['evaluate_n20_eps0.json']['columns']
+    assert columns['pgd']['error'] == columns['clean']['error'] < pgd['evaluate_n20.json']['error']
 
 
 def test_finished_attacks_are_not_run_again_and_others_are_added(copies, here, monkeypatch):
@@ -172,22 +172,28 @@ def test_finished_attacks_are_not_run_again_and_others_are_added(copies, here, m
             ran.append(key)
             return x
         monkeypatch.setitem(attack.ATTACKS, key, spy)
-    argv = [*here, str(copies / 'single'), '--n-examples', '40', '--attacks']
+    argv = [*here, str(copies / 'single'), '--n-examples', '20', '--attacks']
     for keys in (['pgd'], ['pgd', 'square5k'], ['pgd', 'square5k', 'pgd100'], ['square5k']):
         evaluate.main([*argv, *keys])
     assert ran == ['pgd', 'square5k', 'pgd100']
 
 
+@pytest.fixture(scope='module')
+def uninterrupted(runs, data_dir, tmp_path_factory):
+    """What an evaluation that nothing disturbs finds."""
+    folder = tmp_path_factory.mktemp('uninterrupted') / 'single'
+    shutil.copytree(runs / 'single', folder)
+    evaluate.main(['--data-dir', str(data_dir), str(folder), *FEW, '--device', 'cpu'])
+    return result_of(folder)
+
+
 @pytest.mark.parametrize('moment, after', [(i, False) for i in range(6)] + [(5, True)])
 def test_an_evaluation_killed_at_any_file_it_writes_ends_as_an_uninterrupted_one(
-        copies, here, runs, moment, after):
+        copies, here, uninterrupted, moment, after):
     argv = [*here, str(copies / 'single'), *FEW, '--device', 'cpu']
     assert killed_at(moment, after, evaluate.main, argv) == signal.SIGKILL
     evaluate.main(argv)
-    result, right = result_of(copies / 'single')
-    shutil.copytree(runs / 'single', 'whole')
-    evaluate.main([*here, 'whole', *FEW, '--device', 'cpu'])
-    whole, expected = result_of(pathlib.Path('whole'))
+    (result, right), (whole, expected) = result_of(copies / 'single'), uninterrupted
     assert all(np.array_equal(right[key], expected[key]) for key in expected)
     assert {key: column['error'] for key, column in result['columns'].items()} \
         == {key: column['error'] for key, column in whole['columns'].items()}
@@ -310,7 +316,7 @@ def test_a_progress_bar_counts_images_and_changes_nothing(copies, here, monkeypa
     plain = [*here, str(copies / 'single'), *FEW]
     evaluate.main(plain)
     one = result_of(copies / 'single')[1]
-    (copies / 'single/evaluate_n40.json').unlink()
+    (copies / 'single/evaluate_n20.json').unlink()
     monkeypatch.setattr(sys.stderr, 'isatty', lambda: True, raising=False)
     monkeypatch.setattr(evaluate, 'tqdm', functools.partial(tqdm, mininterval=0))
     capsys.readouterr()
@@ -349,21 +355,21 @@ def test_a_checkpoint_cut_anywhere_is_refused_by_name(copies):
 
 
 def spoil_npz(folder):
-    with np.load(folder / 'evaluate_n40.npz') as arrays:
+    with np.load(folder / 'evaluate_n20.npz') as arrays:
         changed = dict(arrays) | {'pgd': np.ones(40, bool)}
-    np.savez(folder / 'evaluate_n40.npz', **changed)
+    np.savez(folder / 'evaluate_n20.npz', **changed)
 
 
 @pytest.mark.parametrize('spoil', [
-    lambda folder: (folder / 'evaluate_n40.json').write_text('{}'),
-    lambda folder: (folder / 'evaluate_n40.json').write_text('[1'),
-    lambda folder: (folder / 'evaluate_n40.npz').write_bytes(b''),
-    lambda folder: (folder / 'evaluate_n40.npz').write_bytes(b'PK'),
-    lambda folder: (folder / 'evaluate_n40.npz').unlink(), spoil_npz])
+    lambda folder: (folder / 'evaluate_n20.json').write_text('{}'),
+    lambda folder: (folder / 'evaluate_n20.json').write_text('[1'),
+    lambda folder: (folder / 'evaluate_n20.npz').write_bytes(b''),
+    lambda folder: (folder / 'evaluate_n20.npz').write_bytes(b'PK'),
+    lambda folder: (folder / 'evaluate_n20.npz').unlink(), spoil_npz])
 def test_a_damaged_result_is_refused_by_name_with_the_way_out(copies, here, spoil):
     evaluate.main([*here, str(copies / 'single'), *FEW])
     spoil(copies / 'single')
-    with pytest.raises(ValueError, match='single/evaluate_n40.json .*damaged'):
+    with pytest.raises(ValueError, match='single/evaluate_n20.json .*damaged'):
         evaluate.main([*here, str(copies / 'single'), *FEW])
     for path in (copies / 'single').glob('evaluate*'):
         path.unlink()

@@ -1,3 +1,4 @@
+import functools
 import itertools
 import math
 import shutil
@@ -600,7 +601,9 @@ def test_theorem_2_holds_and_its_share_is_that_of_a_plain_loop():
     assert points[0]['share'] == pytest.approx(large / 1200, abs=1e-9) and large > 0
 
 
-def test_theory_writes_shares_that_reach_one(data_dir, tmp_path):
+def test_theory_writes_shares_that_reach_one(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(landscape, 'large_gradients',
+                        functools.partial(landscape.large_gradients, n_steps=2000))
     landscape.main(['theory', '--data-dir', str(data_dir), '--out', str(tmp_path), '--draws', '20'])
     result = record.load(tmp_path / 'theory.json')
     for row in result['theorem_1']:
