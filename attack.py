@@ -133,7 +133,7 @@ class Adversary:
     def loop(self, x, y):
         """Tensors for the arguments and the result of one shape of batches, and what fills them."""
         s = SimpleNamespace(
-            x=x.clone(), y=y.clone(), noise=torch.empty_like(x), x_adv=torch.empty_like(x),
+            x=x.clone(), y=y.clone(), noise=torch.zeros_like(x), x_adv=torch.empty_like(x),
             index=torch.arange(len(x), device=x.device),
             **{name: x.new_zeros(()) for name in ('eps', 'step_size', 'width')})
 

@@ -707,6 +707,20 @@ def test_a_loop_is_captured_once_for_each_shape_whatever_the_budget():
     assert len(captures) == 2 and len(replays) == 5
 
 
+def test_what_a_capture_tries_out_is_finite():
+    def captured(run):
+        run()
+        return run
+
+    torch.use_deterministic_algorithms(True)  # fresh memory is then full of nan
+    try:
+        adversary = attack.Adversary(lenet(), 2, captured=captured)
+        adversary(images(6), torch.arange(6), .1, .05)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert adversary.total.isfinite()
+
+
 def test_logits_that_are_nan_show_in_the_total_of_an_adversary():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(2704, 10))
     adversary, x, y = attack.Adversary(model, 2), images(6).float(), torch.arange(6)
