@@ -6,6 +6,7 @@ bit-identical to an uninterrupted one: every random number is a function of seed
 Budgets are typed as fractions of the pixel range, 8/255 or 0.4.
 """
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -109,7 +110,6 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
     optimizer = optimizer_of(model, c)
-    ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
     with record.lock(folder, args.wait):
         state = record.start(folder, vars(c), device)
         if record.finished(folder):
@@ -133,39 +133,17 @@ def main(argv=None):
                   '{remaining} left{postfix}') as bar:
             while len(log) < c.epochs:
                 epoch, start = len(log), time.monotonic()
-                try:
+                with explained(folder, epoch, c, args.compile):
                     with models.tf32(c.precision != 'fp32'):
                         row, traced = train_epoch(net, adversary, optimizer, x, y, c, epoch,
                                                   theta_0, bar)
                     with models.tf32(False):
                         row |= test(adversary.folded, x_test, y_test, index, c)
-                except attack.NotFiniteError as error:
-                    record.save(folder / 'diverged.json', {'epoch': epoch + 1})
-                    raise ValueError(
-                        f'{folder}, epoch {epoch + 1}: {error}. The {epoch} epochs before are '
-                        f'kept. Try a smaller --lr than {c.lr:g} or a warm-up, with a new --out'
-                    ) from None
-                except RuntimeError as error:
-                    if not args.compile or isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    reason = ' '.join(str(error).split()[:30])
-                    raise ValueError(f'--compile failed: {reason} ... The same command without it '
-                                     'goes on') from None
                 seconds = round(time.monotonic() - start, 2)
                 log.append({'epoch': epoch + 1} | row | {'seconds': seconds})
                 bar.write(line(log[-1], c))
                 trace += traced
-                record.save(folder / 'log.jsonl', log)
-                if c.trace:
-                    record.save(folder / 'trace.jsonl', trace)
-                if len(log) in ends:
-                    record.save(ends[len(log)], model.state_dict())
-                if len(log) == c.epochs:  # the run is complete the moment last.pt is gone
-                    (folder / 'last.pt').unlink(missing_ok=True)
-                    break
-                record.save(folder / 'last.pt', {
-                    'config': vars(c), 'model': model.state_dict(),
-                    'optimizer': optimizer.state_dict(), 'log': log, 'trace': trace})
+                keep(folder, c, model, optimizer, log, trace)
                 if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
                     break
     if len(log) < c.epochs:
@@ -173,6 +151,40 @@ def main(argv=None):
               f'{args.minutes:g}; the same command goes on')
     else:
         print(f'{folder} is finished. Next: python evaluate.py {folder}')
+
+
+@contextlib.contextmanager
+def explained(folder, epoch, c, compiled):
+    """Inside, what may fail in this epoch does so with the reason and a way out, as a ValueError."""
+    try:
+        yield
+    except attack.NotFiniteError as error:
+        record.save(folder / 'diverged.json', {'epoch': epoch + 1})
+        raise ValueError(f'{folder}, epoch {epoch + 1}: {error}. The {epoch} epochs before are '
+                         f'kept. Try a smaller --lr than {c.lr:g} or a warm-up, with a new --out'
+                         ) from None
+    except RuntimeError as error:
+        if not compiled or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = ' '.join(str(error).split()[:30])
+        raise ValueError(f'--compile failed: {reason} ... The same command without it '
+                         'goes on') from None
+
+
+def keep(folder, c, model, optimizer, log, trace):
+    """Writes what the run leaves after an epoch; it is finished the moment last.pt is gone."""
+    record.save(folder / 'log.jsonl', log)
+    if c.trace:
+        record.save(folder / 'trace.jsonl', trace)
+    ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
+    if len(log) in ends:
+        record.save(ends[len(log)], model.state_dict())
+    if len(log) == c.epochs:
+        (folder / 'last.pt').unlink(missing_ok=True)
+    else:
+        record.save(folder / 'last.pt', {
+            'config': vars(c), 'model': model.state_dict(), 'optimizer': optimizer.state_dict(),
+            'log': log, 'trace': trace})
 
 
 def line(row, c):
