@@ -188,7 +188,7 @@ def apgd(model, x, y, eps, n_iter=100, n_restarts=1, loss='ce', *, rho=.75, best
             begun = apgd_begin(x[new], y[new], new, noise, eps)
             s = SimpleNamespace(**{name: torch.cat([state, getattr(begun, name)])
                                    for name, state in vars(s).items()})
-        for _ in range(min(4, n_iter + 1 - int(s.k.max()))):
+        for _ in range(min(4, n_iter + 1 - int(s.k.max()))):  # then images may leave and join
             total += apgd_step(s, model, LOSSES[loss], checkpoints, rho, best_loss)
         done = (s.k > n_iter) | (s.loss_best == math.inf)
         ended = done.nonzero().squeeze(1)
@@ -343,8 +343,8 @@ def fitting_batch(model, x, y):
     """
     with models.frozen(model), models.saved_bytes() as saved:
         loss_and_gradient(model, x[:16], y[:16], cross_entropy)
-    room = 16 * models.memory_at_hand(x.device) // (2 * sum(saved.values()) + 1)
-    return max(1, min(room, 4096 if x.is_cuda else 250))
+    size = sum(saved.values()) / len(x[:16])
+    return min(models.fitting(size, x.device), 4096 if x.is_cuda else 250)
 
 
 def predict(model, x, batch_size=250):

@@ -84,7 +84,7 @@ def load(name, data_dir='data', device='cpu'):
         # in memory channels_last, which is fast
         x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
         tensors += [x, torch.from_numpy(arrays[f'y_{split}']).to(device).long()]
-    return tensors
+    return tuple(tensors)
 
 
 load_once = functools.lru_cache(1)(load)  # for what is named together: mostly of one dataset

@@ -199,9 +199,10 @@ def main(argv=None):
         _, _, x, y = data.load_once(head['dataset'], args.data_dir, args.device)
         index = data.subset(len(x), args.n_examples)
         head |= {'n': len(index), 'n_test': len(x)}
+        title = 'so far %' if args.worst else 'error %'
         print(f'{record.suffixed(out, ".json")}: {" + ".join(head["members"])}\n'
               f'{len(index)} of {len(x)} test images of {head["dataset"]}, eps {head["eps"]:.4g}, '
-              f'seed {args.seed}\n  {"":<12}{"error %":>8}   {"95 % interval":<15}{"s":>6}')
+              f'seed {args.seed}\n  {"":<12}{title:>8}   {"95 % interval":<15}{"s":>6}')
         with record.lock(out.parent, args.wait), models.tf32(False):
             result, right = kept(out, head, index)
             record.sign(result, args.device)

@@ -8,6 +8,7 @@ computation goes on from what it kept last.
 import argparse
 import copy
 import functools
+import math
 import statistics
 import time
 from types import SimpleNamespace
@@ -37,15 +38,18 @@ class Hessian:
     """The matrix of `hvp` for many products: hessian(v) is H v.
 
     A product differentiates the gradient, whose graph does not depend on v. So these graphs are
-    kept from the first product on, for as many chunks as `memory` bytes hold (unless given,
-    `models.memory_at_hand`), and a further product takes some 3/5 of the time. Where parameters or
-    statistics of the model change, graphs are made anew; x and y must stay as they are.
+    kept from the first product on, for as many chunks as `memory` bytes hold (unless given, half of
+    what is free, at most 4 GiB on a CPU): a further product takes some 3/5 of the time, and has the
+    same result. Where parameters or statistics of the model change, graphs are made anew; x and y
+    must stay as they are.
     """
 
     def __init__(self, model, x, y, batch_size=250, memory=None):
         self.model, self.n, self.made_of = model, len(x), None
         self.chunks = list(zip(x.split(batch_size), y.split(batch_size)))
-        self.memory = models.memory_at_hand(x.device) if memory is None else memory
+        if memory is None:
+            memory = min(models.memory(x.device)[0] // 2, math.inf if x.is_cuda else 4 * 2 ** 30)
+        self.memory = memory
 
     def __call__(self, v):
         total, state = torch.zeros_like(v), self.state()
@@ -87,8 +91,8 @@ def fitting_chunk(model, x, y, most=250):
     What an image takes is measured on the graph of 16.
     """
     x, y = x[:16], y[:16]
-    size = Hessian(model, x, y).gradient(x, y)[2]
-    return max(1, min(most, len(x) * models.memory_at_hand(x.device) // (2 * size)))
+    size = Hessian(model, x, y).gradient(x, y)[2] / len(x)
+    return min(most, models.fitting(size, x.device))
 
 
 CHECKS = 6
@@ -148,9 +152,14 @@ class Krylov:
 
     def step(self):
         """Adds a direction to the basis at the cost of one product: the one that waits longest, or
-        while checking the latest. It was split off when it began to wait: twice is enough."""
+        while checking the latest. It was split off when it began to wait: twice is enough, and
+        the second time corrects T, too, as V is orthonormal only to rounding."""
         place = -1 if self.checking else 0
-        q, owner = self.split(self.queue.pop(place))[0], self.owners.pop(place)
+        (q, again), owner = self.split(self.queue.pop(place)), self.owners.pop(place)
+        if owner >= 0:
+            again = again[:owner + 1].cpu()
+            self.T[owner, :owner + 1] += again
+            self.T[:owner, owner] += again[:owner]
         if owner >= 0 and models.norm(q) <= rounding(self.T, q.dtype):
             q = self.split(self.random())[0]
         v = self.V[self.size] = q / models.norm(q)
@@ -202,7 +211,8 @@ def lanczos(matvec, dim, k, *, tol=1e-3, max_products=None, block=2, like=None, 
     given), whose vectors it keeps. The largest entry of an eigenvector is positive.
 
     Vectors are of the dtype and on the device of `like` (float32, CPU). After each product
-    watch(state, values, residuals) is told where it stands; a `state` handed in goes on from there.
+    watch(state, values, residuals) is told where it stands; what its state() returns, handed in as
+    `state`, goes on from there.
     """
     like = torch.zeros(()) if like is None else like
     steps = min(dim, most(dim, k, 15 * k if max_products is None else max_products))
@@ -330,14 +340,14 @@ def eigenpairs(matvec, dim, like, made, path):
         nonlocal due
         kept['products'] += 1
         good = converged(values, residuals, made['tol'], like.dtype).sum()
-        state_of = (f', {good} of {made["k"]} pairs converged, lambda {values[0]:.4g} .. '
+        progress = (f'{good} of {made["k"]} pairs converged, lambda {values[0]:.4g} .. '
                     f'{values[-1]:.2g}, residual {residuals.max():.0e}')
-        bar.set_postfix_str(state_of[2:], refresh=False)
+        bar.set_postfix_str(progress, refresh=False)
         bar.update()
         if time.monotonic() > due:
             start = time.monotonic()
             if bar.disable:
-                print(f'  {kept["products"]} products{state_of}', flush=True)
+                print(f'  {kept["products"]} products, {progress}', flush=True)
             record.save(path, kept | {'state': state(), 'seconds': start - began})
             due = time.monotonic() + max(60, 20 * (time.monotonic() - start))
 
@@ -450,13 +460,17 @@ def analyse(s, args):
 def check(result):
     """Raises some error where a part of the result is not of the types that `analyse` writes."""
     eigen, density = result.get('eigen'), result.get('density', {'nodes': [], 'weights': []})
-    numbers = result.get('trace', {'estimates': []})['estimates'] + [result.get('loss', 0)]
-    numbers += [result.get('scale', {'mean': 1})['mean'], *sum(density['nodes'], []),
+    numbers = result.get('trace', {'estimates': []})['estimates']
+    numbers = numbers + [result.get('loss', 0), result.get('robust_error', 0)]
+    numbers += [1 / result.get('scale', {'mean': 1})['mean'], *sum(density['nodes'], []),
                 *sum(density['weights'], [])]
     if eigen:
         numbers += eigen['values'] + eigen['residuals'] + [eigen['k'], eigen['tol']]
         all(eigen['converged']), eigen['solver'], eigen['max_products'], eigen['products'] + 0.
     sum(numbers)
+    if len({len(row) for row in density['nodes']}) > 1 or (
+            [len(row) for row in density['nodes']] != [len(row) for row in density['weights']]):
+        raise TypeError('nodes and weights of the density differ in number')
 
 
 def satisfies(eigen, args):

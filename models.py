@@ -338,12 +338,20 @@ def saved_bytes():
         yield saved
 
 
-def memory_at_hand(device):
-    """Bytes to keep things in: half of what is free on `device`, at most 4 GiB on a CPU."""
+def memory(device):
+    """Bytes of memory of `device` that are free, and all of them."""
     if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[0] // 2
-    pages = os.sysconf('SC_AVPHYS_PAGES') if 'SC_AVPHYS_PAGES' in os.sysconf_names else 2 ** 18
-    return min(pages * os.sysconf('SC_PAGE_SIZE') // 2, 4 * 2 ** 30)
+        return torch.cuda.mem_get_info(device)
+    return [os.sysconf('SC_PAGE_SIZE') * (os.sysconf(name) if name in os.sysconf_names else 2 ** 20)
+            for name in ('SC_AVPHYS_PAGES', 'SC_PHYS_PAGES')]
+
+
+def fitting(size, device):
+    """How many graphs of `size` bytes fill an eighth of the memory of `device`, at least one.
+
+    All of the memory, not what is free: a command given again computes in the same batches.
+    """
+    return max(1, int(memory(device)[1] // (8 * size)))
 
 
 @contextlib.contextmanager

@@ -80,7 +80,7 @@ def load(path):
             raise ValueError(f'{path} is refused: it is damaged or no plain state_dict '
                              '(only tensors are loaded, never code)') from None
         except Exception as error:  # damaged bytes make the readers raise nearly anything
-            reason = str(error).partition('\n')[0] or type(error).__name__
+            reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
             raise ValueError(f'{path} is truncated or damaged: {reason}') from None
 
 
@@ -148,9 +148,16 @@ def start(folder, config, device):
         save(folder / 'config.json', config | {'sessions': sessions + [session]})
     last, lost = folder / 'last.pt', []
     if last.exists():
-        state = load(last)
-        if not isinstance(state, dict) or not isinstance(state.get('config'), dict) or any(
-                state['config'].get(flag) != config[flag] for flag in config):
+        try:
+            state = load(last)
+            sound = all(state['config'].get(flag) == config[flag] for flag in config) and all(
+                isinstance(row, dict) for row in (*state['log'], state['model'],
+                                                  state['optimizer']))
+        except ValueError as error:
+            raise ValueError(f'{error}; delete it, and the run begins again') from None
+        except (LookupError, TypeError, AttributeError):
+            sound = False
+        if not sound:
             raise ValueError(f'{last} is not of this run; delete it, and the run begins again')
         ends = itertools.accumulate(config['periods'])
         lost = [path.name for path, end in zip(period_files(folder, config), ends)
@@ -174,7 +181,9 @@ def config_of(folder):
                   epochs=int, step_size=(int, float), n_iter=int, seed=int, sessions=list)
     if not isinstance(config, dict) or not all(
             isinstance(config.get(key), kind) for key, kind in needed.items()) or not (
-            0 <= config['eps'] <= 1 and (config.get('n_train') or 1) > 0):
+            0 <= config['eps'] <= 1 and config['step_size'] >= 0 and config['periods'] and all(
+                isinstance(n, int) and n > 0 for n in (
+                    config['n_iter'], config.get('n_train') or 1, *config['periods']))):
         raise ValueError(f'{path} is damaged; without it the run must begin again, elsewhere')
     return config
 
@@ -312,7 +321,7 @@ def add_machine_flags(parser):
                         'process has in use; default: end with an error')
 
 
-def run(main):
+def run(main, interrupted='the same command goes on from what is on disk'):
     """Runs a script's main; bad input and Ctrl-C end it with one line, not with a traceback."""
     try:
         main()
@@ -321,4 +330,4 @@ def run(main):
     except ImportError as error:
         sys.exit(f'error: {error}; pip install -r requirements.txt brings all packages')
     except KeyboardInterrupt:
-        sys.exit('interrupted; the same command goes on from what is on disk')
+        sys.exit(f'interrupted; {interrupted}')

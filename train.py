@@ -57,7 +57,7 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         loss.backward()
         wrong = (logits.argmax(1) != y_batch).sum()
         step = epoch * n_batches + i
-        if c.trace and not c.trace <= step < c.epochs * n_batches - c.trace:
+        if c.trace and (step < c.trace or step >= c.epochs * n_batches - c.trace):
             moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
             trace.append((step, models.norm(*(theta.grad for theta in net.parameters())),
                           wrong / len(y_batch), models.norm(*moved)))
@@ -118,9 +118,13 @@ def main(argv=None):
             return
         log, trace = [], []
         if state:
-            model.load_state_dict(state['model'])
-            optimizer.load_state_dict(state['optimizer'])
-            log, trace = state['log'], state.get('trace', [])
+            try:
+                model.load_state_dict(state['model'])
+                optimizer.load_state_dict(state['optimizer'])
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):
+                raise ValueError(f'{folder / "last.pt"} does not fit this run; delete it, and the '
+                                 'run begins again') from None
+            log, trace = state['log'], state.get('trace') or []
         print(f'{folder}: {len(x)} images of {c.dataset} on {device}, {c.model} of width {c.width} '
               f'({sum(p.numel() for p in model.parameters()):,} parameters), eps {c.eps:.4g} '
               f'{c.eps_sched}, epochs {" + ".join(map(str, c.periods))}'
@@ -155,7 +159,8 @@ def main(argv=None):
 
 @contextlib.contextmanager
 def explained(folder, epoch, c, compiled):
-    """Inside, what may fail in this epoch does so with the reason and a way out, as a ValueError."""
+    """Inside, a loss that is not finite and a failing --compile become ValueErrors with a way out.
+    """
     try:
         yield
     except attack.NotFiniteError as error:

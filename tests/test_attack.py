@@ -650,12 +650,14 @@ print((peak() - before) / (4 * x.numel()))
 
 def test_the_batch_that_fits_follows_the_memory(monkeypatch):
     model, sizes = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), []
-    x, y = images(20).float(), torch.arange(20) % 10
-    for memory in 1, 10 ** 5, 10 ** 6, 10 ** 12:
-        monkeypatch.setattr(models, 'memory_at_hand', lambda device: memory)
+    x, y = images(80).float(), torch.arange(80) % 10
+    for memory in 1, 10 ** 6, 10 ** 7, 10 ** 12:
+        monkeypatch.setattr(models, 'memory', lambda device: (0, memory))
         sizes.append(attack.fitting_batch(model, x, y))
     assert sizes[0] == 1 and 1 < sizes[1] < sizes[2] <= 250 and sizes[3] == 250
-    assert sizes[1] * 4 * (784 + 10) < 10 ** 5
+    with models.frozen(model), models.saved_bytes() as saved:
+        attack.loss_and_gradient(model, x[:sizes[1]], y[:sizes[1]], attack.cross_entropy)
+    assert sum(saved.values()) <= 10 ** 6 / 8
 
 
 # The attacker in training

@@ -407,6 +407,18 @@ def test_a_folder_of_other_things_is_not_taken_for_a_run(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
 
 
+@pytest.mark.parametrize('part', [
+    {'periods': []}, {'periods': [1, '2']}, {'n_train': '64'}, {'n_iter': 0}, {'step_size': -1},
+    {'eps': 2}, {'width': None}], ids=str)
+def test_a_damaged_config_is_named_with_the_way_out(tmp_path, part):
+    config = vars(train.settings(train.parse([]))) | {'sessions': []}
+    record.save(tmp_path / 'config.json', config)
+    assert record.config_of(tmp_path) == config
+    record.save(tmp_path / 'config.json', config | part)
+    with pytest.raises(ValueError, match='config.json is damaged; .* must begin again'):
+        record.config_of(tmp_path)
+
+
 def test_files_of_others_are_left_alone(tiny, tmp_path):
     (tmp_path / '.important.tmp').write_text('mine')
     (tmp_path / '.log.jsonl.77.tmp').write_text('of a killed run')
@@ -416,7 +428,8 @@ def test_files_of_others_are_left_alone(tiny, tmp_path):
 
 
 @pytest.mark.parametrize('content', [
-    {}, [1], {'model': {}}, 'another seed', 'cut'])
+    {}, [1], {'model': {}}, {'log': [1]}, {'log': 'x'}, {'optimizer': {}}, {'model': {'a': 0}},
+    'another seed', 'cut'], ids=str)
 def test_a_last_pt_that_is_not_of_this_run_is_refused_with_the_way_out(tiny, tmp_path, content):
     argv = [*tiny, '--out', str(tmp_path / 'run')]
     train.main([*argv, '--minutes', '0'])
@@ -427,8 +440,9 @@ def test_a_last_pt_that_is_not_of_this_run_is_refused_with_the_way_out(tiny, tmp
     elif content == 'cut':
         last.write_bytes(last.read_bytes()[:5000])
     else:
-        torch.save(content, last)
-    with pytest.raises(ValueError, match='last.pt is (not of this run; delete it|truncated)'):
+        whole = record.load(last) if content and isinstance(content, dict) else {}
+        torch.save(whole | content if whole else content, last)
+    with pytest.raises(ValueError, match='last.pt .*; delete it, and the run begins again'):
         train.main(argv)
     assert len(log_of(tmp_path / 'run')) == 1
     last.unlink()
