@@ -42,6 +42,19 @@ def test_a_python_that_does_not_run_is_a_clear_error(tmp_path):
     assert done.returncode == 1 and 'python3 does not run' in done.stderr
 
 
+@pytest.mark.parametrize('first, second', [(0, 0), (1, 0), (0, 1)])
+def test_all_tests_are_run_in_two_halves_and_either_may_fail(tmp_path, first, second):
+    python = tmp_path / 'python3'
+    python.write_text('#!/bin/sh\n[ "$2" = pytest ] || exit 0\necho "$@"\n'
+                      f'case "$*" in *test_train*) exit {first};; *) exit {second};; esac\n')
+    python.chmod(0o755)
+    done = run_all('--test', PYTHON=str(python))
+    assert done.returncode == (first or second)
+    halves = [set(line.split()[3:]) for line in done.stdout.splitlines() if 'pytest' in line]
+    files = {f'tests/{path.name}' for path in (HERE / 'tests').glob('test_*.py')}
+    assert len(halves) == 2 and halves[0] | halves[1] == files and not halves[0] & halves[1]
+
+
 def test_an_unknown_flag_is_named_with_the_way_out():
     done = run_all('--fast')
     assert done.returncode == 1 and "'--fast'" in done.stderr and '--help' in done.stderr
