@@ -351,7 +351,7 @@ def fitting(size, device):
 
     All of the memory, not what is free: a command given again computes in the same batches.
     """
-    return max(1, int(memory(device)[1] // (8 * size)))
+    return max(1, int(memory(device)[1] // (8 * size + 1)))
 
 
 @contextlib.contextmanager
