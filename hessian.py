@@ -160,8 +160,8 @@ class Krylov:
             again = again[:owner + 1].cpu()
             self.T[owner, :owner + 1] += again
             self.T[:owner, owner] += again[:owner]
-        if owner >= 0 and models.norm(q) <= rounding(self.T, q.dtype):
-            q = self.split(self.random())[0]
+            if models.norm(q) <= rounding(self.T, q.dtype):
+                q = self.split(self.random())[0]
         v = self.V[self.size] = q / models.norm(q)
         self.queue = [other - (v * other).sum() * v for other in self.queue]
         self.size += 1
@@ -460,16 +460,16 @@ def analyse(s, args):
 def check(result):
     """Raises some error where a part of the result is not of the types that `analyse` writes."""
     eigen, density = result.get('eigen'), result.get('density', {'nodes': [], 'weights': []})
-    numbers = result.get('trace', {'estimates': []})['estimates']
-    numbers = numbers + [result.get('loss', 0), result.get('robust_error', 0)]
-    numbers += [1 / result.get('scale', {'mean': 1})['mean'], *sum(density['nodes'], []),
-                *sum(density['weights'], [])]
+    numbers = [result.get('loss', 0), result.get('robust_error', 0),
+               1 / result.get('scale', {'mean': 1})['mean'],
+               *result.get('trace', {'estimates': []})['estimates'],
+               *sum(density['nodes'], []), *sum(density['weights'], [])]
     if eigen:
         numbers += eigen['values'] + eigen['residuals'] + [eigen['k'], eigen['tol']]
         all(eigen['converged']), eigen['solver'], eigen['max_products'], eigen['products'] + 0.
     sum(numbers)
-    if len({len(row) for row in density['nodes']}) > 1 or (
-            [len(row) for row in density['nodes']] != [len(row) for row in density['weights']]):
+    nodes, weights = ([len(row) for row in density[key]] for key in ('nodes', 'weights'))
+    if nodes != weights or len(set(nodes)) > 1:
         raise TypeError('nodes and weights of the density differ in number')
 
 

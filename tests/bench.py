@@ -150,7 +150,7 @@ def peak(b):
 
 
 def measure_peak(b):
-    best = [peak(b)(i) for i in range(b.args.rounds + 1)][1:]
+    best = alternate(b, {'peak': peak(b)})[1]['peak']
     row(b, 'peak', 'GFLOP/s', [1 / value for value in best], 1, check='products and convolutions')
 
 
@@ -185,10 +185,9 @@ def step(b):
             'ours': lambda i: train.train_epoch(model, adversary, optimizer, x, y, c, 0, [], bar),
             'attack': lambda i: adversary(x, y, c.eps, c.step_size, seed=1), 'peak': peak(b)}
         if b.release:
+            theirs = released(b, name, c.width, before)
             with quiet():
-                theirs = getattr(b.release.models, CLASSES[name])(width=c.width).to(b.device)
                 pgd = b.release.attack.PGD(c.step_size, c.eps, c.n_iter)
-            theirs.load_state_dict(before)
             their_optimizer = train.optimizer_of(theirs, c)
             loss = torch.nn.CrossEntropyLoss()
             images = x.contiguous()
@@ -244,14 +243,15 @@ def trained(b):
     model = record.rebuild(path, config).to(b.device)
     theirs = copy.deepcopy(model).eval()
     if b.release and config['model'] == 'lenet':
-        theirs = release_lenet(b, model)
+        theirs = released(b, 'lenet', config['width'], model.state_dict())
     return model, theirs, config
 
 
-def release_lenet(b, model):
+def released(b, name, width, parameters):
+    """The network `name` as the release writes it, with these parameters, a state_dict."""
     with quiet():
-        net = b.release.models.MNIST_LeNet(width=model.conv1.out_channels // 2).to(b.device)
-    net.load_state_dict(model.state_dict())
+        net = getattr(b.release.models, CLASSES[name])(width=width).to(b.device)
+    net.load_state_dict(parameters)
     return net.eval()
 
 
@@ -359,7 +359,7 @@ def curvature(b):
     v = hessian.analysis.random_unit(dim, x.new_zeros(()), 0)
     runs, theirs = {'ours': lambda i: v @ H(v)}, {}
     if b.release:
-        net = release_lenet(b, model)
+        net = released(b, 'lenet', 16, model.state_dict())
 
         def power(topk, iterations):
             with quiet():

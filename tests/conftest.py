@@ -1,4 +1,5 @@
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,19 @@ import train  # noqa: E402
 
 torch.set_num_threads(1)  # tiny tensors hate threads
 analysis.DPI, analysis.LAYOUT = 50, None  # figures in a third of the time
+
+
+def printed(code):
+    """The number that `code` prints in a process of its own, where peak() is its memory so far."""
+    measuring = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+def peak():  # in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != 'darwin')
+"""
+    return float(subprocess.run([sys.executable, '-c', measuring + code,
+                                 pathlib.Path(train.__file__).parent],
+                                capture_output=True, text=True, check=True).stdout)
 
 
 @pytest.fixture(scope='session')

@@ -1,9 +1,6 @@
 import functools
 import itertools
 import math
-import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 
 import attack
 import models
+from conftest import printed
+from test_train import replayed
 
 ALL = {  # every attack, short
     'pgd': functools.partial(attack.pgd, step_size=.02, n_iter=10),
@@ -628,23 +627,18 @@ def test_images_that_join_at_different_times_are_attacked_as_if_alone():
 
 
 def test_what_an_attack_keeps_does_not_grow_with_the_number_of_images():
-    code = """
-import resource, sys, torch
-sys.path.insert(0, sys.argv[1])
+    grown = printed("""
+import torch
 import attack
 torch.set_num_threads(1)
 model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != 'darwin')
 for n in 500, 40000:
     x, before = torch.rand(n, 1, 28, 28), peak()
     y = attack.predict(model, x)
     attack.apgd(model, x, y, 1e-6, 2)
     attack.square(model, x, y, 1e-6, 2)
 print((peak() - before) / (4 * x.numel()))
-"""
-    grown = float(subprocess.run([sys.executable, '-c', code, pathlib.Path(attack.__file__).parent],
-                                 capture_output=True, text=True, check=True).stdout)
+""")
     assert grown < 4  # in sizes of x: the result, and what the allocator keeps of the one before
 
 
@@ -710,13 +704,9 @@ def test_a_loop_is_captured_once_for_each_shape_whatever_the_budget():
 
 
 def test_what_a_capture_tries_out_is_finite():
-    def captured(run):
-        run()
-        return run
-
     torch.use_deterministic_algorithms(True)  # fresh memory is then full of nan
     try:
-        adversary = attack.Adversary(lenet(), 2, captured=captured)
+        adversary = attack.Adversary(lenet(), 2, captured=replayed)
         adversary(images(6), torch.arange(6), .1, .05)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -356,7 +356,7 @@ def test_a_checkpoint_cut_anywhere_is_refused_by_name(copies):
 
 def spoil_npz(folder):
     with np.load(folder / 'evaluate_n20.npz') as arrays:
-        changed = dict(arrays) | {'pgd': np.ones(40, bool)}
+        changed = dict(arrays) | {'pgd': np.ones(20, bool)}
     np.savez(folder / 'evaluate_n20.npz', **changed)
 
 
