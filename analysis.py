@@ -1,93 +1,68 @@
-"""What the analyses of a run share: its network, its images and its attack, and how they are shown.
+"""What the analyses of a run share: its network, its attack, its result, and its training images,
+neither shuffled nor augmented; they work in eval mode and in float32 without TF32."""
 
-The analyses work on training images, neither shuffled nor augmented, in the order of the dataset,
-in eval mode and in float32 without TF32 (or float64).
-"""
-import contextlib
 import functools
+import hashlib
 import math
 import pathlib
 from types import SimpleNamespace
 
 import torch
 from torch.optim.swa_utils import update_bn
-from tqdm import tqdm
 
 import attack
+import cli
 import data
-import models
 import record
 
 
-def subject(path, args):
-    """The run or checkpoint `path` as the analyses need it, from their command line `args`.
+def load_run(path, args):
+    """The run or checkpoint `path` as the analyses need it, from their flags `args`.
 
     Returns model (the last one of a periodic run), x, y and index (the training images of the run,
-    or --n-examples of them), eps, pgd (the attack of training at eps, but for model, x and y),
-    config (None for a checkpoint outside of a run), folder (where results belong), its name, again
-    (path and flags, as they were typed) and head, what results say of all this.
+    or --n-examples of them), eps, pgd (the attack of training at eps, without model, x and y),
+    augment, folder (where results belong) and metadata, what results say of all this.
     """
     file, config = record.members(path)[-1]
-    model = record.rebuild(file, config)
-    dataset = config['dataset'] if config else args.dataset or models.dataset_of(model)
-    if args.dataset not in (None, dataset):
-        raise ValueError(f'{path} is of {dataset}, not of --dataset {args.dataset}')
-    eps = args.eps
-    if eps is None:
-        eps = config['eps'] if config else data.paper(dataset)['eps']
-    settings = data.pgd_of(config or data.paper(dataset, eps), dataset, eps)
-    x, y = data.load_once(dataset, args.data_dir, args.device)[:2]
-    n_train = config and config.get('n_train') or len(x)
-    if args.n_examples and args.n_examples > n_train:
+    model, dataset = record.load_model(file, config, args.dataset)
+    run = SimpleNamespace(path=path, model=model.to(args.device), folder=pathlib.Path(path))
+    run.augment = bool(config and config['augment'])
+    config = config or data.DATASETS[dataset].settings(args.eps) | {'dataset': dataset}
+    run.eps = config['eps'] if args.eps is None else args.eps
+    x, y = data.load(dataset, args.data_dir, args.device)[:2]
+    n_train = config.get('n_train') or len(x)
+    if (args.n_examples or n_train) > n_train:
         raise ValueError(f'--n-examples {args.n_examples}: {path} was trained on {n_train} images')
-    index = data.subset(len(x), args.n_examples or n_train)
-    dtype = torch.float64 if args.float64 else torch.float32
+    run.index = data.subset(len(x), args.n_examples or n_train)
+    run.x, run.y = x[run.index], y[run.index]
+    pgd, options = data.pgd_settings(config, run.eps), {'batch_size': args.batch_size}
+    run.pgd = functools.partial(attack.pgd, eps=run.eps, index=run.index, **pgd, **options)
     digest = record.digest(file)
-    folder = pathlib.Path(path)
-    if not folder.is_dir():
-        folder = pathlib.Path('evals', f'checkpoint_{digest[:10]}')
-    head = {'checkpoint': str(file), 'digest': digest, 'dataset': dataset, 'eps': eps,
-            'n': len(index), 'attack': {'name': 'pgd', **settings}, 'seed': args.seed,
-            'float64': args.float64}
-    return SimpleNamespace(
-        model=model.to(args.device, dtype), x=x[index].to(dtype), y=y[index], index=index, eps=eps,
-        pgd=functools.partial(attack.pgd, eps=eps, index=index, batch_size=args.batch_size,
-                              **settings),
-        again=[str(path)] + [f'--{flag.replace("_", "-")} {value}' for flag, value in (
-            ('eps', args.eps), ('dataset', args.dataset), ('n_examples', args.n_examples))
-            if value is not None],
-        config=config, folder=folder, name=folder.resolve().name, head=head)
+    if not run.folder.is_dir():
+        run.folder = pathlib.Path('evals', f'checkpoint_{digest[:10]}')
+    run.metadata = {'checkpoint': str(file), 'digest': digest, 'dataset': dataset, 'eps': run.eps}
+    run.metadata |= {'n': len(run.x), 'attack': {'name': 'pgd', **pgd}, 'seed': args.seed}
+    return run
 
 
 def add_flags(parser):
-    """The flags that `subject` reads."""
+    """The flags that say on which images, at which budget, and where to compute."""
     add = parser.add_argument
-    add('--n-examples', type=record.number(int, 1),
-        help='so many training images, drawn once and for all; default: all of the run')
-    add('--eps', type=record.budget,
-        help="default: the run's; the paper's for a checkpoint outside of a run")
-    add('--dataset', choices=data.SPLITS,
-        help='of a checkpoint outside of a run; default: mnist or cifar10, by shape')
-    add('--seed', type=record.number(int, 0, 2 ** 32 - 1), default=0,
-        help='of attacks and random directions; default: 0')
-    add('--float64', action='store_true', help='compute in double precision, for checks')
-    add('--batch-size', type=record.number(int, 1), default=250,
-        help='images in the model at a time, at most; changes no result; default: 250')
-    record.add_machine_flags(parser)
+    add('--n-examples', type=cli.count, help='so many of the images, drawn once and for all; all')
+    add('--eps', type=cli.budget, help="the run's; the paper's for a checkpoint outside of a run")
+    add('--dataset', choices=data.DATASETS, help='of a checkpoint outside of a run; by its shape')
+    add('--seed', type=int, default=0, help='of attacks and random vectors')
+    add('--batch-size', type=cli.count, default=250, help='images in the model at a time')
+    cli.add_machine_flags(parser)
 
 
-def recompute_bn(subject, x_adv=None, **pgd):
-    """Gives subject.model the BatchNorm statistics that training would: of adversarial examples.
-
-    Unless given, these are made under the statistics of the clean images. The statistics are means
-    over equal parts of some 250 images. Without BatchNorm nothing happens.
-    """
-    model, x, n_parts = subject.model, subject.x, math.ceil(len(subject.x) / 250)
+def recompute_bn(run, **pgd):
+    """Gives run.model the BatchNorm statistics of adversarial examples, as training would: these
+    are made under those of the clean images. Means over equal parts of some 250 images."""
+    model, n_parts = run.model, math.ceil(len(run.x) / 250)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        if x_adv is None:
-            update_bn(x.tensor_split(n_parts), model)
-            x_adv = subject.pgd(model, x, subject.y, **pgd)
-        update_bn(x_adv.tensor_split(n_parts), model)
+        update_bn(run.x.tensor_split(n_parts), model)
+        update_bn(run.pgd(model, run.x, run.y, **pgd).tensor_split(n_parts), model)
 
 
 def flat(tensors):
@@ -101,90 +76,41 @@ def unflat(vector, like):
     return [part.view(tensor.shape) for part, tensor in zip(parts, like)]
 
 
-def random_unit(dim, like, *words):
-    """A random direction: a Gaussian vector of norm 1, (dim,), the same on any device."""
-    generator = torch.Generator().manual_seed(attack.derive(*words))
-    vector = torch.randn(dim, generator=generator, dtype=torch.float64)
-    return (vector / vector.norm()).to(like)
-
-
-def bar(unit, total=None, initial=0):
-    """A progress bar that counts in `unit`, on terminals only."""
-    count = '{n_fmt}/{total_fmt} ' if total else '{n_fmt} '
-    return tqdm(unit=unit, total=total, initial=initial, leave=False, disable=None,
-                bar_format=f'  {count}{unit}, {{elapsed}} passed{{postfix}}')
-
-
-def outputs(subject, stem, args, **tags):
+def output(run, stem, args, **tags):
     """The path, without suffix, of what script `stem` computes; tags name what is not default."""
-    tags |= {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}',
-             'seed': args.seed or None, 'float': 64 if args.float64 else None}
-    return subject.folder / '_'.join([stem] + [
-        f'{tag}{value}' for tag, value in tags.items() if value is not None])
+    tags |= {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}'}
+    tags |= {'seed': args.seed or None}
+    named = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
+    return run.folder / '_'.join([stem, *named])
 
 
-@contextlib.contextmanager
-def sound(path):
-    """Inside, what is at `path` is read; if it is not as its script writes it, a ValueError."""
-    try:
-        yield
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f'{path} is damaged or no result of this script ({type(error).__name__}: '
-                         f'{error}); delete it, and it is computed again') from error
-
-
-def kept(path, made):
-    """The state at `path` of a computation made as `made` says, to go on from; None without one."""
-    try:
-        state = record.load(path)
-        return state if state['made'] == made else None
-    except (OSError, ValueError, KeyError, TypeError):  # then it begins again
-        return None
-
-
-def vectors(path, result):
-    """The eigenvectors at `path`, (k, dim), if they are those of hessian.py's `result`; or None."""
-    try:
-        found = record.load(path)
-        if (found['digest'], found['values']) == (result['digest'], result['eigen']['values']):
-            return found['vectors']
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
-
-
-def resume(path, head, device):
-    """The result at `path` if made of the same `head`, to be added to; else a new one.
-
-    It notes this session. ValueError if the file is damaged.
-    """
-    result = record.load(path) if path.exists() else head | {'sessions': []}
-    if not isinstance(result, dict) or not isinstance(result.get('sessions'), list):
-        raise ValueError(f'{path} is damaged; delete it, and it is computed again')
-    if any(result.get(key) != head[key] for key in head if key != 'checkpoint'):
+def resume(path, metadata, device):
+    """The result at `path` if of the same `metadata`, to be added to; else a new one."""
+    result = record.load(path) if path.exists() else dict(metadata)
+    if any(result.get(key) != metadata[key] for key in metadata.keys() - {'checkpoint', 'members'}):
         print(f'{path} is of another checkpoint or of other settings; it is replaced')
-        result = head | {'sessions': []}
-    record.sign(result, device)
+        result = dict(metadata)
+    record.add_provenance(result, device)
     return result
 
 
-def title(head):
-    """What a figure is of, in one line: run, n and eps."""
-    eps = data.budget(head['eps'], head['dataset'])
-    return (f'{pathlib.Path(head["checkpoint"]).resolve().parent.name}: eps {eps}, '
-            f'n = {head["n"]:,} of {head["dataset"]}')
-
-
-DPI, LAYOUT = 150, 'constrained'
-
-
-@contextlib.contextmanager
-def figure(path, columns=1, title='', rows=1):
-    """Yields rows x columns axes, in a row, to draw on; on leaving they become the PNG `path`."""
-    from matplotlib import figure, style
-    with style.context('tableau-colorblind10'):
-        drawing = figure.Figure(figsize=(5 * columns, 4 * rows), layout=LAYOUT)
-        yield drawing.subplots(rows, columns, squeeze=False).flatten()
-        drawing.suptitle(title)
-        record.replace(path, lambda file: drawing.savefig(file, format='png', dpi=DPI))
-    print(f'  drawn in {path}')
+def eigenvectors(run, k):
+    """The top k eigenvectors of the run's Hessian, (k, dim), and a line on where they are from: of
+    hessian.py's results at this eps, a converged one, of most images. ValueError without any."""
+    found = []
+    for path in run.folder.glob('hessian*.json'):
+        result = record.load(path)
+        same = all(result[key] == run.metadata[key] for key in ('digest', 'eps'))
+        if same and len(result['eigen']['values']) >= k:
+            found.append((all(result['eigen']['converged'][:k]), result['n'], path))
+    if not found:
+        eps = data.show_eps(run.eps, run.metadata['dataset'])
+        raise ValueError(
+            f'{run.path} has no top {k} eigenvectors at eps {eps}; first: '
+            f'python hessian.py {run.path}, with --eps and --n-examples as here'
+        )
+    converged, n, path = max(found)
+    vectors = record.load(path.with_suffix('.pt'))['vectors'][:k]
+    print(f'along eigenvectors of {path}, from {n} images{", not converged" * (not converged)}')
+    digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
+    return vectors.to(run.x), f'{path.stem}, {n} images, {digest[:10]}'

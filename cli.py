@@ -1,0 +1,100 @@
+"""What the command lines of the scripts share: types, flags, progress and one-line errors."""
+
+import argparse
+import contextlib
+import sys
+
+import torch
+from tqdm import tqdm
+
+import record
+import skip
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Says the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        return action.help + ' (default: %(default)s)' * has_default
+
+
+def budget(text):
+    """A budget or step, '8/255' or '0.4' in the paper, as a fraction of the pixel range."""
+    numerator, _, denominator = text.partition('/')
+    try:
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f'{text!r} is no number such as 8/255 or 0.4') from None
+    if not abs(value) <= 2:
+        raise argparse.ArgumentTypeError(f'{text} is no share of [0, 1]: did you mean {text}/255?')
+    return value
+
+
+def count(text):
+    """A type for argparse: a whole number, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number of at least 1')
+    return int(text)
+
+
+def device(text):
+    """A type for argparse: a device that this machine has, cpu, cuda or cuda:1."""
+    try:
+        if torch.empty(0, device=text).is_cuda:
+            torch.cuda.set_device(text if ':' in text else 0)  # streams and graphs are made there
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f'{text} cannot be used: {error}') from None
+    return text
+
+
+def add_machine_flags(parser):
+    """The flags that say where and when to compute; they change no result."""
+    add = parser.add_argument
+    default = 'cuda' if torch.cuda.is_available() else 'cpu'
+    add('--device', type=device, default=default, help='cuda if there is one')
+    add('--data-dir', default='data', help='folder of <dataset>.npz and downloads')
+    add('--wait', action='store_true', help='wait for a folder that another process has in use')
+
+
+class Lines:
+    """A file for a progress bar: a line for each of its states, on stderr."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + '\n')
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def bar(unit, total, done=0):
+    """A progress bar of `total` units, `done` of them before; in a file, a line a minute."""
+    options = {} if sys.stderr.isatty() else {'file': Lines(), 'mininterval': 60, 'ncols': 80}
+    return tqdm(
+        unit=unit, total=total, initial=done, unit_scale=total > 10000, leave=False, **options
+    )
+
+
+def run(main):
+    """Runs a script's main: bad input, full memory and Ctrl-C end it with one line, no traceback.
+
+    What main returns are the files of its result, if that is complete (see skip.py).
+    """
+    printed = skip.Tee(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(printed):
+            files = main()
+        if files:
+            skip.leave_stamp(files, printed.text)
+    except record.Diverged as end:
+        print(f'{end}: nothing to do')
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f'error: {" ".join(str(error).split())}')
+    except KeyboardInterrupt:
+        sys.exit('interrupted; run the same command again to resume')
+    except (MemoryError, RuntimeError) as error:  # torch's and cuda's are RuntimeErrors
+        if isinstance(error, RuntimeError) and 'memory' not in str(error).lower():
+            raise
+        reason = str(error).partition('\n')[0]
+        sys.exit(f'error: memory ran out ({reason}); try a smaller --batch-size or --n-examples')

@@ -1,0 +1,235 @@
+"""The same functions at less cost: BatchNorm folded, memory layouts, the PGD loop as a CUDA graph.
+
+Scripts call `folded` and `Adversary` at their edge; models.py and attack.py do not know of them.
+"""
+
+import contextlib
+import copy
+from types import SimpleNamespace
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from attack import pgd_loop
+from classifier import frozen
+from rng import uniform
+
+
+def folded(model, x):
+    """An eval-only copy of `model` with each BatchNorm folded into the preceding convolution.
+
+    It computes the same function but for rounding, at less cost, and shares all other modules with
+    `model`, which stays as it was. refold() takes over parameters and statistics that have changed
+    since. A model that torch.fx cannot trace, or whose copy computes something else on the images
+    x, (N, C, H, W), a few, is wrapped as it is.
+    """
+    if isinstance(model, Folded):
+        model.refold()
+        return model
+    try:
+        with frozen(model), torch.no_grad(), tf32(False):
+            fast = Folded(*fold(model))
+            expected, found = model(x).double(), fast(x).double()
+        if (found - expected).norm() <= 1e-3 * expected.norm():
+            return fast
+    except Exception:  # a tracer fails in as many ways as there are models
+        pass
+    return Folded(model, [])
+
+
+class Folded(nn.Module):
+    """What `folded` returns: `network`, and the pairs whose weights `refold` computes anew."""
+
+    def __init__(self, network, pairs):
+        super().__init__()
+        self.network, self.pairs = network, pairs
+        self.refold()
+
+    def forward(self, x):
+        return self.network(x)
+
+    @torch.no_grad()
+    def refold(self):
+        for convolution, conv, bn in self.pairs:
+            weight, bias = conv.weight, conv.bias
+            if bn:
+                statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+                weight, bias = fuse_conv_bn_weights(weight, bias, *statistics)
+            convolution.set_weights(weight, bias)
+
+
+def fold(model):
+    """The traced network of `model`, each convolution replaced, and (ours, conv, bn or None)."""
+    tracer = torch.fx.Tracer()
+    tracer.proxy_buffer_attributes = True  # else what is computed of buffers alone is a constant
+    root = copy.copy(model)  # the tracer leaves constants on what it traces
+    network = torch.fx.GraphModule(root, tracer.trace(root))
+    nodes = [node for node in network.graph.nodes if node.op == 'call_module']
+    modules = [network.get_submodule(node.target) for node in nodes]
+    calls = {  # of modules that can be replaced: called once, and not watched
+        node: module
+        for node, module in zip(nodes, modules)
+        if modules.count(module) == 1 and not (module._forward_hooks or module._forward_pre_hooks)
+    }
+    pairs = []
+    for node, conv in calls.items():
+        if type(conv) is not nn.Conv2d:
+            continue
+        after, bn = next(iter(node.users), None), None
+        if len(node.users) == 1 and type(calls.get(after)) is nn.BatchNorm2d:
+            if calls[after].track_running_stats:
+                bn = calls[after]
+                after.replace_all_uses_with(node)
+                network.graph.erase_node(after)
+        pairs.append((Convolution(conv), conv, bn))
+        network.set_submodule(node.target, pairs[-1][0])
+    network.recompile()
+    network.delete_all_unused_submodules()
+    return network, pairs
+
+
+class Convolution(nn.Module):
+    """A copy of a convolution, with a bias, without gradients for parameters; laid out to be fast.
+
+    That is channels_last, but contiguous on a CPU for 256 channels and more, whose maps are small.
+    The gradient for images of up to 3 channels is `ImageGradient` there.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = copy.deepcopy(conv)
+        if conv.bias is None:
+            self.conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
+        self.conv.requires_grad_(False)
+        on_cpu = conv.weight.device.type == 'cpu'
+        self.use_contiguous, self.block = on_cpu and conv.in_channels >= 256, 0
+        usual = conv.padding == tuple(k // 2 for k in conv.kernel_size)
+        usual = usual and conv.stride == conv.dilation == (1, 1)
+        if on_cpu and usual and conv.groups == 1 and conv.padding_mode == 'zeros':
+            self.block = {1: 4, 2: 2, 3: 2}.get(conv.in_channels, 0)
+        if not self.use_contiguous:
+            self.conv.to(memory_format=torch.channels_last)
+
+    def set_weights(self, weight, bias):
+        self.conv.weight.copy_(weight)
+        if bias is not None:  # else it is and stays 0
+            self.conv.bias.copy_(bias)
+        if self.block:
+            self.kernel = ImageGradient.kernel(self.conv.weight, self.block)
+
+    def forward(self, x):
+        conv = self.conv
+        if self.block and x.shape[2] % self.block == x.shape[3] % self.block == 0:
+            return ImageGradient.apply(x, conv.weight, conv.bias, conv.padding, self.kernel)
+        return conv(x.contiguous() if self.use_contiguous else x)
+
+
+class ImageGradient(torch.autograd.Function):
+    """conv2d(x, weight, bias, padding=padding), with a gradient for x only, fast on a CPU.
+
+    The transposed convolution has but one or three output channels. Here the pixels of a block of
+    b x b are its output channels, so that it is a convolution of stride b: 5 to 9 times as fast as
+    oneDNN's own for one channel, 1.5 times for three.
+    """
+
+    @staticmethod
+    def kernel(weight, b):
+        """The kernel of the gradient by blocks, (C b b, out, b + k - 1, b + k' - 1)."""
+        out, channels, *k = weight.shape
+        kernel = weight.new_zeros(channels, b, b, out, b + k[0] - 1, b + k[1] - 1)
+        for i in range(b):
+            for j in range(b):
+                kernel[:, i, j, :, i : i + k[0], j : j + k[1]] = weight.flip(2, 3).transpose(0, 1)
+        return kernel.flatten(0, 2).contiguous(memory_format=torch.channels_last)
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, padding, kernel):
+        ctx.save_for_backward(kernel)
+        ctx.block = round((len(kernel) / x.shape[1]) ** 0.5)
+        ctx.padding = [size - 1 - p for size, p in zip(weight.shape[2:], padding)]
+        return F.conv2d(x, weight, bias, padding=padding)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (kernel,) = ctx.saved_tensors
+        blocks = F.conv2d(gradient, kernel.to(gradient), stride=ctx.block, padding=ctx.padding)
+        return F.pixel_shuffle(blocks, ctx.block), None, None, None, None
+
+
+class Adversary:
+    """The attacker of a model in training: `pgd`, set up once for all batches.
+
+    adversary(x, y, eps, step_size, start=..., seed=...) is pgd(model, x, y, eps, step_size, n_iter,
+    ...) but for rounding: the attacked network is `folded`, as the parameters are at the
+    call. On cuda the whole loop, folding included, is captured as a CUDA graph at the first batch
+    of each shape; budgets are tensors in it, so that a schedule needs no other. Nothing waits for
+    the device; hence no value is checked: logits that are nan make `total`, the sum of all losses
+    so far, nan.
+
+    `compiled` is applied to the network (torch.compile); `captured` to the loop, a function without
+    arguments, unless None: `captured` of this module on cuda, nothing elsewhere.
+    """
+
+    def __init__(self, model, n_iter, x, *, compiled=None, captured=None):
+        self.model, self.n_iter, self.captured, self.loops = model, n_iter, captured, {}
+        self.folded, self.total = folded(model, x), next(model.parameters()).new_zeros(())
+        self.network = compiled(self.folded) if compiled else self.folded
+
+    def __call__(self, x, y, eps, step_size, *, start=None, seed=0):
+        if x.shape not in self.loops:
+            self.loops[x.shape] = self.loop(x, y)
+        s, replay = self.loops[x.shape]
+        noise = uniform('pgd', seed, s.index, x.shape[1:], x)
+        width = step_size if start is None else start
+        for fixed, new in (s.x, x), (s.y, y), (s.noise, noise):
+            fixed.copy_(new)
+        for fixed, new in (s.eps, eps), (s.step_size, step_size), (s.width, width):
+            fixed.fill_(new)
+        replay()
+        return s.x_adv.clone()
+
+    def loop(self, x, y):
+        """Tensors for the arguments and the result of one shape of batches, and what fills them."""
+        s = SimpleNamespace(x=x.clone(), y=y.clone(), x_adv=torch.empty_like(x))
+        s.noise, s.index = torch.zeros_like(x), torch.arange(len(x), device=x.device)
+        s.eps, s.step_size, s.width = (x.new_zeros(()) for _ in range(3))
+
+        def run():
+            with frozen(self.model), torch.no_grad():
+                self.folded.refold()
+                tensors = s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size
+                self.total += pgd_loop(self.network, *tensors, self.n_iter, s.width)
+
+        capture = self.captured or (captured if x.is_cuda else None)
+        return s, capture(run) if capture else run
+
+
+def captured(run):
+    """run(), which reads and writes fixed tensors of a cuda device, as a CUDA graph to replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # warm-up, required before capture
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+@contextlib.contextmanager
+def tf32(allowed):
+    """Inside, float32 products may or may not be rounded to TF32 on tensor cores (cuda only)."""
+    saved = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision('high' if allowed else 'highest')
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(saved[0])
+        torch.backends.cudnn.allow_tf32 = saved[1]

@@ -1,0 +1,210 @@
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from conftest import printed
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import attack
+import classifier
+import data
+import fast
+import models
+import rng
+
+UNUSUAL = {
+    'odd': lambda m, x: m.odd(x),
+    'constants': lambda m, x: m.plain(x / (2 * m.std) + torch.ones(3, 1, 1)),
+    'tied': lambda m, x: torch.conv_transpose2d(m.bn(m.conv(x)), m.conv.weight).mean((2, 3)),
+    'branching': lambda m, x: m.plain(x if x.sum() > 0 else -x),
+    'misread': lambda m, x: m.plain(4 * x if type(x) is torch.Tensor else x),
+    'hooked': lambda m, x: m.plain(x),
+}
+
+
+class Unusual(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.conv, self.bn = name, nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.twice, self.shared, self.last = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.bn1, self.bn2, self.bn3 = (nn.BatchNorm2d(4) for _ in range(3))
+        self.bn4 = nn.BatchNorm2d(4, track_running_stats=False)
+        self.register_buffer('std', torch.ones(3, 1, 1))
+        if name == 'hooked':
+            self.conv.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def forward(self, x):
+        return UNUSUAL[self.name](self, x)
+
+    def plain(self, x):
+        return self.bn(self.conv(x)).mean((2, 3))
+
+    def odd(self, x):  # of its BatchNorms none but the first may be folded
+        x = self.bn(self.conv(x))
+        x = self.bn1(x + x.sin())
+        x = self.shared(self.bn2(self.twice(self.twice(x))))
+        return self.bn4(self.last(self.bn3(x) + x)).mean((2, 3))
+
+
+@torch.no_grad()
+def change(model):  # its parameters and statistics
+    for parameter in model.parameters():
+        parameter.mul_(1.5).add_(0.1 * torch.randn_like(parameter))
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point():
+            buffer.normal_() if name.endswith('mean') else buffer.uniform_(0.5, 2)
+
+
+def network(name):
+    """A network in double precision whose BatchNorms are not trivial, and images for it."""
+    torch.manual_seed(0)
+    if name == 'ensemble':
+        model = models.Ensemble([network('resnet18')[0], network('vgg')[0]])
+    elif name in models.MODELS:
+        model = models.build(name, data.DATASETS['mnist' if name == 'lenet' else 'cifar10'], 1)
+    else:
+        model = Unusual(name)
+    change(model.double())
+    return model, torch.rand(3, *((1, 28, 28) if name == 'lenet' else (3, 32, 32))).double()
+
+
+def same_function(one, other, x):
+    """Whether logits, and the gradient of a function of them, are the same but for rounding."""
+    results = []
+    for model in one, other:
+        with classifier.frozen(model):
+            results.append(classifier.loss_and_gradient(model, x, 1, torch.logsumexp))
+    return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*results))
+
+
+each = pytest.mark.parametrize('name', ['lenet', 'vgg', 'resnet18', 'ensemble', *UNUSUAL])
+
+
+@each
+def test_a_fold_is_the_same_function_and_stale_after_changes_until_refolded(name):
+    model, x = network(name)
+    folded = fast.folded(model, x)
+    assert same_function(model, folded, x)
+    change(model)
+    assert same_function(model, folded, x) != bool(folded.pairs)
+    assert fast.folded(folded, x) is folded and same_function(model, folded, x)
+
+
+def test_a_batch_norm_is_folded_right_behind_a_convolution_of_its_own_in_a_network_well_traced():
+    left = {'odd': ['bn1', 'bn2', 'bn3', 'bn4'], 'hooked': ['bn']}
+    left |= dict.fromkeys(['branching', 'misread'], ['bn', 'bn1', 'bn2', 'bn3', 'bn4'])
+    for name in 'vgg', 'resnet18', 'ensemble', 'constants', *left:
+        modules = fast.folded(*network(name)).network.named_modules()
+        assert [path for path, m in modules if isinstance(m, nn.BatchNorm2d)] == left.get(name, [])
+
+
+@each
+def test_folding_and_attacking_leave_no_trace(name):
+    def held():  # by identity, hooks included
+        values = [value for module in model.modules() for value in vars(module).values()]
+        return [list(map(id, v.values())) if isinstance(v, dict) else id(v) for v in values]
+
+    model, x = network(name)
+    before, values, random = held(), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    fast.Adversary(model, 2, x)(x, torch.arange(3), 0.1, 0.05)
+    assert held() == before and torch.equal(torch.get_rng_state(), random)
+    assert all(map(torch.equal, model.state_dict().values(), values.values()))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['lenet', 'resnet18', 'constants', 'branching'])
+def test_a_model_that_was_folded_can_be_copied_and_pickled(name):
+    model, x = network(name)
+    fast.Adversary(model, 2, x)(x, torch.arange(3), 0.1, 0.05)
+    assert same_function(model, copy.deepcopy(model), x)
+    assert same_function(model, pickle.loads(pickle.dumps(model)), x)
+
+
+def test_convolutions_of_every_kind_keep_their_function_and_gradient():
+    convs = [nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(3, 6, 3, padding=1)]
+    convs += [nn.Conv2d(2, 6, (3, 5), 1, (1, 2)), nn.Conv2d(2, 6, (3, 5), 1, (1, 4))]
+    convs += [nn.Conv2d(256, 6, 3, bias=False), nn.Conv2d(3, 6, 3, 1, 1, padding_mode='reflect')]
+    others = {'stride': 2}, {'padding': 'same'}, {'padding': 3}, {'groups': 3}, {'dilation': 2}
+    convs += [nn.Conv2d(3, 6, 3, **options) for options in others]
+    for conv, size in itertools.product(convs, (8, 10)):
+        model = nn.Sequential(conv, nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten()).double()
+        change(model)
+        x = torch.rand(3, conv.in_channels, size, size).double()
+        folded = fast.folded(model, x)
+        assert same_function(model, folded, x), conv
+        assert bool(folded.pairs[0][0].block) == (conv in convs[:3])  # those have the fast gradient
+
+
+def test_tf32_gives_back_what_it_borrowed():
+    def state():
+        return torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+    before = state()
+    for allowed, precision in (True, 'high'), (False, 'highest'):
+        with pytest.raises(KeyError), fast.tf32(allowed):
+            assert state() == (allowed, precision)
+            raise KeyError
+    assert state() == before
+
+
+class NoWaiting(TorchFunctionMode):  # what would make the host wait for a device is an error
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        waits = 'item __bool__ __float__ __int__ __index__ tolist cpu numpy nonzero masked_select'
+        assert getattr(function, '__name__', '') not in [*waits.split(), 'tensor'], function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda'][: 1 + torch.cuda.is_available()])
+@pytest.mark.parametrize('name', ['lenet', 'resnet18'])
+def test_an_adversary_is_pgd_whatever_changes_and_waits_for_nothing(name, device, monkeypatch):
+    monkeypatch.setattr(rng, 'fold_in', lambda *words: hash(words) % 2**63)  # of host tensors
+    (model, x), y = (part.to(device) for part in network(name)), torch.arange(3, device=device)
+    adversary = fast.Adversary(model, 3, x)
+    for seed, (eps, start, n) in enumerate([(0.1, None, 3), (0.05, 0.05, 3), (0.1, None, 2)]):
+        expected = attack.pgd(model, x[:n], y[:n], eps, eps / 4, 3, start=start, seed=seed)
+        with NoWaiting():
+            found = adversary(x[:n], y[:n], eps, eps / 4, start=start, seed=seed)
+        assert torch.allclose(found, expected, atol=1e-9) and model.training
+        change(model)
+
+
+def test_a_loop_is_captured_once_for_each_shape_and_replayed_for_each_batch():
+    def captured(run):  # as a CUDA graph would: run() fixes which tensors it reads and writes
+        captures.append(run())
+        return lambda: replays.append(run())
+
+    (model, x), y, captures, replays, results = network('lenet'), torch.arange(3), [], [], []
+    adversary = fast.Adversary(model, 2, x, captured=captured)
+    for n, eps in (3, 0.1), (3, 0.2), (2, 0.2), (3, 0.05), (2, 0.3):
+        found = adversary(x[:n], y[:n], eps, eps / 4, seed=n)
+        results.append((found, attack.pgd(model, x[:n], y[:n], eps, eps / 4, 2, seed=n)))
+    assert len(captures) == 2 and len(replays) == 5
+    assert all(itertools.starmap(torch.allclose, results))  # none was overwritten by the next
+
+
+def test_nan_logits_show_in_the_total_and_the_trial_of_a_capture_does_not(monkeypatch):
+    monkeypatch.setattr(torch, 'empty_like', lambda x: torch.full_like(x, torch.nan))
+    (model, x), y = network('constants'), torch.arange(3)
+    adversary = fast.Adversary(model, 2, x, captured=lambda run: run() or run)
+    adversary(x, y, 0.1, 0.05)
+    assert 0 < adversary.total < torch.inf
+    for variance in -1, 1:  # the check comes many batches later
+        model.bn.running_var.fill_(variance)
+        adversary(x, y, 0.1, 0.05)
+    assert adversary.total.isnan()
+
+
+def test_a_step_of_training_resnet18_takes_less_than_8_mib_an_image():
+    grown = printed("""
+import torch, data, fast, models
+torch.set_num_threads(1)
+model, before = models.build('resnet18', data.DATASETS['cifar10'], 8), peak()
+x, y = torch.rand(64, 3, 32, 32), torch.arange(64) % 10
+x = fast.Adversary(model, 2, x[:2])(x, y, 8 / 255, 2 / 255)
+torch.nn.functional.cross_entropy(model(x), y).backward()
+print((peak() - before) / 64)
+""")
+    assert 2**20 < grown < 2**23

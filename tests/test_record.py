@@ -1,0 +1,223 @@
+import functools
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+import data
+import evaluate
+import models
+import record
+import train
+
+CONTENTS = {
+    'a.json': {'eps': 0.4, 'periods': [2, 1]},
+    'a.npz': {'robust': np.arange(50) % 2 == 0},
+    'a.pt': {'weight': torch.arange(60.0).view(3, 20), 'bias': torch.ones(2)},
+}
+
+
+def equal(one, other):
+    return str(one) == str(other)  # arrays of a few numbers are printed whole
+
+
+@pytest.mark.parametrize('name', CONTENTS)
+def test_a_file_cut_anywhere_is_one_clear_error_that_names_it(name, tmp_path):
+    record.save(name, CONTENTS[name])
+    whole = (tmp_path / name).read_bytes()
+    assert equal(record.load(name), CONTENTS[name])
+    for length in {*range(0, len(whole), len(whole) // 12 + 1), len(whole) - 1}:
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=f'^{name} (cannot be read|is refused): [^\n]+$'):
+            record.load(name)
+
+
+def test_a_flipped_bit_of_a_checkpoint_is_seen_or_changes_nothing(tmp_path):
+    record.save('a.pt', CONTENTS['a.pt'])
+    whole = (tmp_path / 'a.pt').read_bytes()
+    seen = 0
+    for position in range(0, len(whole), len(whole) // 40):
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << position % 8
+        (tmp_path / 'a.pt').write_bytes(flipped)
+        try:
+            assert equal(record.load('a.pt'), CONTENTS['a.pt'])  # it was of the padding, or a date
+        except ValueError as error:
+            seen += 'a.pt' in str(error)
+    assert seen > 5
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch owned',)
+
+
+def test_a_checkpoint_runs_no_code():
+    torch.save({'model': Evil()}, 'evil.pt')
+    with pytest.raises(ValueError, match='evil.pt is refused'):
+        record.load('evil.pt')
+    assert not pathlib.Path('owned').exists()
+
+
+def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, monkeypatch):
+    (tmp_path / 'log.jsonl').write_text('old')
+    monkeypatch.setattr(os, 'fsync', mock.Mock(side_effect=OSError('disk full')))
+    with pytest.raises(OSError, match='log.jsonl could not be written .*disk full'):
+        record.save('log.jsonl', [])
+    assert (tmp_path / 'log.jsonl').read_text() == 'old'
+
+
+def test_two_processes_never_write_into_one_run(tiny, tmp_path):
+    with record.lock('run'):
+        if not (child := os.fork()):
+            try:
+                train.main([*tiny, '--out', 'run'])
+            except ValueError as error:
+                os._exit(7 if 'run is in use by another process; --wait' in str(error) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
+
+
+@pytest.mark.parametrize('name', models.MODELS)
+def test_a_released_checkpoint_is_recognised_by_its_parameters(name):
+    dataset = 'mnist' if name == 'lenet' else 'cifar10'
+    model = models.build(name, data.DATASETS[dataset], models.MODELS[name].default_width)
+    record.save('released.ckpt.pt', model.state_dict())
+    found, of = record.load_model('released.ckpt.pt')
+    assert of == dataset and equal(found, model)
+    assert all(map(torch.equal, found.state_dict().values(), model.state_dict().values()))
+
+
+@pytest.mark.parametrize('config', [None, {'dataset': 'mnist', 'model': 'lenet', 'width': 2}])
+def test_parameters_that_do_not_fit_are_refused_by_name(config):
+    record.save('foreign.pt', torch.nn.Linear(3, 3).state_dict())
+    with pytest.raises(ValueError, match='foreign.pt does not fit: '):
+        record.load_model('foreign.pt', config)
+
+
+# A run in its folder
+
+
+def contents(folder):
+    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('sessions, lost', [(4, 'period1.pt'), (3, 'period2.pt'), (1, 'last.pt')])
+def test_a_run_that_lost_a_file_is_refused_with_the_way_to_start_over(
+    tiny, tmp_path, sessions, lost
+):
+    argv = [*tiny, '--periodic', '--minutes', '0', '--out', 'run']
+    for _ in range(sessions):
+        train.main(argv)
+    (tmp_path / 'run' / lost).unlink()
+    before = contents(tmp_path / 'run')
+    with pytest.raises(ValueError, match=f'run has lost {lost}: .* delete all to start over'):
+        train.main(argv)
+    assert before == contents(tmp_path / 'run')
+
+
+def settings(flags):
+    return vars(train.settings(train.parser().parse_args(flags.split())))
+
+
+def test_changed_flags_of_a_begun_run_are_named_as_typed_and_change_nothing(tmp_path):
+    begun, now = settings('--dataset cifar10'), settings('--dataset cifar10 --eps 4/255')
+    record.save('run/config.json', begun)
+    record.save('run/log.jsonl', [{'epoch': 1}])
+    before = contents(tmp_path / 'run')
+    message = '--eps 8/255 .*--step-size 2/255, not --eps 4/255 .*--step-size 1/255; .*--out'
+    with pytest.raises(ValueError, match=f'run was begun with {message}'):
+        record.start(tmp_path / 'run', now, begun, 'cpu')
+    assert before == contents(tmp_path / 'run')
+
+
+def test_a_setting_that_an_older_config_lacks_counts_as_its_default(tiny, tmp_path):
+    train.main([*tiny, '--minutes', '0', '--out', 'run'])
+    config = record.load_config('run')
+    older = {key: config[key] for key in config if key not in ('precision', 'provenance')}
+    record.save('run/config.json', older)
+    with pytest.raises(ValueError, match='begun with --precision fp32, not --precision tf32'):
+        train.main([*tiny, '--precision', 'tf32', '--out', 'run'])
+    train.main([*tiny, '--out', 'run'])
+    assert record.finished('run')
+
+
+def test_a_flag_that_failed_before_the_first_epoch_can_be_corrected(tiny):
+    with pytest.raises(ValueError, match='5000 of 4000'):
+        train.main([*tiny, '--n-train', '5000', '--out', 'run'])
+    train.main([*tiny, '--out', 'run'])
+    assert record.load_config('run')['n_train'] == 256
+
+
+# The command line
+
+
+def command(monkeypatch, script, *argv):
+    """What `python script.py argv...` does, but for the stamp of finished work."""
+    monkeypatch.setattr(sys, 'argv', [f'{script.__name__}.py', *argv])
+    cli.run(script.main)
+
+
+def test_a_diverged_run_is_a_result_that_each_command_says_in_one_line(tiny, monkeypatch, capsys):
+    argv = [*tiny, '--optimizer', 'sgd', '--lr', '1e9', '--out', 'run']
+    command(monkeypatch, train, *argv)
+    monkeypatch.setattr(train, 'train', None)  # would raise if it were called
+    command(monkeypatch, train, *argv)
+    command(monkeypatch, evaluate, 'run')
+    assert [line for line in capsys.readouterr().out.splitlines() if 'diverged' in line] == [
+        *['run diverged in epoch 1, which is its result; try a smaller --lr'] * 2,
+        'left out: run diverged in epoch 1',
+    ]
+
+
+def test_finished_work_is_said_again_without_torch_and_computed_again_if_a_file_changed(
+    runs, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(runs / 'single', 'run')
+    argv = ['run', '--n-examples', '5', '--attacks', 'pgd']
+    command(monkeypatch, evaluate, *argv)
+    (tmp_path / 'torch.py').write_text('raise SystemExit("torch is needed")')
+    again = functools.partial(
+        subprocess.run,
+        [sys.executable, evaluate.__file__, *argv],
+        env=os.environ | {'PYTHONPATH': str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    said, model = capsys.readouterr().out, tmp_path / 'run/period1.pt'
+    assert again().stdout == said
+    model.rename('away')
+    assert again().stderr == 'torch is needed\n'
+    (tmp_path / 'away').rename(model)
+    assert again().stdout == said
+    model.touch()
+    assert again().stderr == 'torch is needed\n'
+
+
+@pytest.mark.parametrize('allocate', [lambda: torch.empty(2**50), lambda: np.empty(2**50)])
+def test_memory_that_runs_out_ends_in_one_line(allocate):
+    with pytest.raises(SystemExit, match='^error: memory ran out [^\n]* --batch-size'):
+        cli.run(allocate)
+
+
+def test_bad_input_ends_in_one_line_and_an_error_of_ours_does_not():
+    with pytest.raises(SystemExit, match='^error: [^\n]* got 3$'):
+        cli.run(lambda: train.main(['--periodic', '--epochs', '3']))
+    with pytest.raises(RuntimeError, match='ours'):
+        cli.run(mock.Mock(side_effect=RuntimeError('ours')))
+
+
+def test_in_a_file_progress_is_lines(capsys):
+    with cli.bar(' images', 100) as bar:
+        bar.mininterval = 0
+        for _ in range(2):
+            bar.update(50)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:4] for line in lines] == ['0%| ', '50%|', '100%']

@@ -1,0 +1,88 @@
+import functools
+import itertools
+import math
+
+import pytest
+import torch
+
+import record
+import rng
+import theory
+
+
+def logits_at_corners(x, W, eps):
+    """(2^m, K): a convex function is largest over the ball around x, (m,), at a corner."""
+    corners = itertools.product((-eps, eps), repeat=len(x))
+    return (x + torch.tensor(list(corners)).double()) @ W.T
+
+
+@pytest.mark.parametrize('seed, n', [*zip(range(9), [1] * 9), (0, 3), (1, 3)])
+def test_constant_eps_by_brute_force(seed, n):
+    torch.manual_seed(seed)
+    x, W, y = torch.rand(n, 6).double(), torch.randn(4, 6).double(), torch.randint(4, (n,))
+    eps = theory.constant_eps(x, y, W)
+    assert 0 <= eps <= x.abs().max()
+    for factor in 0.98, 1.02:  # the best multiple of W beats the constant classifier below eps
+        losses = []
+        for gamma in (sign * 10.0**i for i in range(-6, 1) for sign in (-1, 1)):
+            logits = [logits_at_corners(image, gamma * W, factor * eps) for image in x]
+            worst = [(z.logsumexp(1) - z[:, label]).max() for z, label in zip(logits, y)]
+            losses.append(sum(worst).item() / n - math.log(4))
+        assert min(losses) < -1e-12 if factor < 1 else min(losses) > -1e-14
+
+
+@pytest.mark.parametrize('seed', range(10))
+def test_proposition_1_by_brute_force(seed):
+    torch.manual_seed(seed)
+    x, W = torch.rand(6).double(), torch.randn(3, 6).double()
+    y = int((W @ x).argmax())
+    eps = theory.version_space_eps(x, y, W)
+    for factor, robust in ((0.5, True), (0.99, True), (1.01, False), (2, False)):
+        logits = logits_at_corners(x, W, factor * eps)
+        assert (logits - logits[:, y : y + 1]).le(1e-12).all() == robust
+    assert theory.version_space_eps(x, (y + 1) % 3, W) == -math.inf
+
+
+@pytest.mark.parametrize('factor, violated, improved', [(1, 0, 1), (0.5, 1, 1), (2, 0, 0)])
+def test_the_check_of_theorem_1_can_fail(monkeypatch, factor, violated, improved):
+    torch.manual_seed(0)
+    x, draws = torch.rand(10).double(), torch.randn(9, 3, 10).double()
+    closed_form = theory.constant_eps
+    monkeypatch.setattr(theory, 'constant_eps', lambda *args: factor * closed_form(*args))
+    found = theory.brute_force(x, 1, draws)
+    assert (found['largest_violation'] > 0) == violated
+    assert (found['smallest_improvement'] > 0) == improved
+
+
+def test_figure_1_is_the_worst_case_of_its_loss():
+    theta, z = torch.linspace(-2, 2, 41).double(), torch.linspace(-0.2, 2.2, 1001).double()
+    found, _ = theory.adversarial_log_loss(theta, 1.0, 1.2)
+    assert torch.allclose(found, torch.log(1 + torch.exp(theta[:, None] * z)).max(1).values)
+
+
+def test_the_share_of_large_gradients_is_that_of_a_plain_loop():
+    points = theory.theorem_2(0.05, [2, 3], 0, n_runs=3, n_steps=100)
+    assert [point['bound'] for point in points] == pytest.approx([1, 4 / 7])
+    generator = rng.generator(0, 7)
+    z = 0.5 + torch.randn(100, generator=generator, dtype=torch.float64)
+    draws, large = torch.randint(100, (100, 3), generator=generator), 0
+    for run, theta in enumerate((-5.0, 0.0, 5.0)):
+        for t in range(100):
+            p = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
+            loss = torch.log(1 + torch.exp(p * (z + 0.05 * (1 if theta >= 0 else -1))))
+            (gradient,) = torch.autograd.grad(loss.mean(), p, retain_graph=True)
+            large += abs(gradient.item()) > 2 * 0.05 * 1.0998391
+            (step,) = torch.autograd.grad(loss[draws[t, run]], p)
+            theta -= 4 / ((z.abs().max().item() + 0.05) ** 2 * 10) * step.item()
+    assert points[0]['share'] == pytest.approx(large / 300, abs=1e-9) and large > 0
+
+
+def test_theory_writes_shares_that_reach_one(monkeypatch):
+    fewer = functools.partial(theory.theorem_2, n_steps=2000)
+    monkeypatch.setattr(theory, 'theorem_2', fewer)
+    result = record.load(theory.main(['--draws', '20'])[0])
+    for row in result['theorem_1']:
+        assert row['share_in_T'] == sorted(row['share_in_T']) and row['share_in_T'][-1] == 1
+    assert result['theorem_1'][1]['share_in_V'] is None  # of a dataset
+    check = result['brute_force']
+    assert check['largest_violation'] <= 0 < check['smallest_improvement']

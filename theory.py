@@ -1,0 +1,125 @@
+"""Section 3 in numbers: Proposition 1 and Theorem 1 on linear models, Theorem 2, Figure 1.
+
+Needs no GPU and no run; writes evals/theory.json.
+"""
+
+if __name__ == '__main__':
+    import skip
+
+    skip.exit_if_finished()
+
+import argparse
+import math
+
+import torch
+import torch.nn.functional as F
+
+import cli
+import data
+import record
+import rng
+
+
+def version_space_eps(x, y, W):
+    """The largest eps at which W, (K, m), is in V_eps of (x, y), or -inf (Proposition 1): robust is
+    (w_i - w_y) x + eps ||w_i - w_y||_1 <= 0 for all i, on the l_inf ball without a pixel box."""
+    difference = torch.cat([W[:y], W[y + 1 :]]) - W[y]
+    slack = -(difference @ x)
+    return (slack / difference.abs().sum(1)).min().item() if (slack >= 0).all() else -math.inf
+
+
+def constant_eps(x, y, W):
+    """The smallest eps at which W, (K, m), is in T_eps of x, (N, m), and y, (N,) (Theorem 1): L_eps
+    is convex along gamma W and falls on neither side of 0 if |mean v x| <= eps mean ||v||_1 with
+    v = sum_j (w_j - w_y). Hence eps >= ||x||_inf suffices for all W."""
+    v = W.sum(0) - len(W) * W[y]
+    return ((v * x).sum(-1).mean().abs() / v.abs().sum(-1).mean()).item()
+
+
+def theorem_1(x, y, draws):
+    """The shares of the models `draws` in T_eps and, for a single image x, in V_eps, over eps."""
+    eps, needed = [10 ** (i / 10 - 4) for i in range(41)], [constant_eps(x, y, W) for W in draws]
+    result = {'eps': eps, 'share_in_V': None}
+    result['share_in_T'] = [sum(e <= value for e in needed) / len(draws) for value in eps]
+    if len(x) == 1:
+        largest = [version_space_eps(x[0], y, W) for W in draws]
+        result['share_in_V'] = [sum(e >= value for e in largest) / len(draws) for value in eps]
+    return result
+
+
+def brute_force(x, y, draws):
+    """Theorem 1 at x, (m,), with the loss at all corners of the ball: what the best gamma W gains
+    over 0 at ||x||_inf, 1.5 ||x||_inf or just above constant_eps(W), at most 0 if it holds; and
+    just below constant_eps(W), above 0 if no smaller eps would do."""
+    gammas = [sign * 10.0**i for i in range(-8, 1) for sign in (-1, 1)]
+    corners = torch.cartesian_prod(*torch.tensor([[-1.0, 1.0]] * len(x))).to(x)
+
+    def gain(W, eps):
+        margins = (x + eps * corners) @ (W - W[y]).T
+        # expm1 and log1p keep the digits of small gammas
+        return -min(torch.log1p(torch.expm1(g * margins).mean(1)).max().item() for g in gammas)
+
+    norm, needed = x.abs().max().item(), [constant_eps(x[None], y, W) for W in draws]
+    above = [gain(W, e) for W, own in zip(draws, needed) for e in (norm, 1.5 * norm, 1.01 * own)]
+    below = [gain(W, 0.99 * own) for W, own in zip(draws, needed)]
+    return {'largest_violation': max(above), 'smallest_improvement': min(below)}
+
+
+def adversarial_log_loss(theta, z, eps):
+    """g_eps = max log(1 + exp(theta z')) over |z' - z| <= eps, and its slope in theta, at 0 that of
+    theta > 0 (Figure 1: z = 1)."""
+    worst = z + eps * torch.where(theta < 0, -1.0, 1.0)
+    return F.softplus(theta * worst), torch.sigmoid(theta * worst) * worst
+
+
+def theorem_2(eps, gammas, seed, n=100, n_runs=20, n_steps=10000):
+    """For each gamma the share of SGD's iterates with |gradient of L_eps| > gamma eps L_theta_x and
+    its bound (Eq. 4), in logistic regression on Gaussian z: L_theta_theta is max |z'|^2 / 4,
+    L_theta_x max_u |sigmoid(u) + u sigmoid'(u)|, a step 1 / (L_theta_theta sqrt(n_steps))."""
+    generator = rng.generator(seed, 7)
+    z = 0.5 + torch.randn(n, generator=generator, dtype=torch.float64)
+    u = torch.linspace(0, 10, 100001, dtype=torch.float64)
+    mixed = (torch.sigmoid(u) + u * torch.sigmoid(u) * torch.sigmoid(-u)).max().item()
+    step = 4 / ((z.abs().max().item() + eps) ** 2 * math.sqrt(n_steps))
+    theta = torch.linspace(-5, 5, n_runs, dtype=torch.float64)
+    norms = torch.empty(n_steps, n_runs, dtype=torch.float64)
+    for norm, drawn in zip(norms, torch.randint(n, (n_steps, n_runs), generator=generator)):
+        norm[:] = adversarial_log_loss(theta[:, None], z, eps)[1].mean(1).abs()
+        theta = theta - step * adversarial_log_loss(theta, z[drawn], eps)[1]
+    shares = [(norms > gamma * eps * mixed).double().mean().item() for gamma in gammas]
+    bounds = [4 / (gamma**2 - 2 * gamma + 4) for gamma in gammas]
+    return [dict(zip(('gamma', 'share', 'bound'), row)) for row in zip(gammas, shares, bounds)]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    parser.add_argument('--draws', type=cli.count, default=1000, help='linear models of each case')
+    parser.add_argument('--seed', type=int, default=0, help='of all random numbers')
+    args = parser.parse_args(argv)
+    source, k = rng.generator(args.seed, 8), data.DATASETS['mnist5k'].n_classes
+    x, y = data.load('mnist5k')[:2]
+    rows = data.subset(len(x), 500)
+    x, y = x[rows].flatten(1).double(), y[rows]
+    random = torch.rand(1, 10, generator=source).double()
+    cases = {'a digit': (x[:1], y[0], k), '500 digits': (x, y, k), 'a random x': (random, 0, 3)}
+    result = {'seed': args.seed, 'theorem_1': [], 'theorem_2': []}
+    for name, (x, y, k) in cases.items():
+        shape, case = (k, x.shape[1]), f'{name}, m = {x.shape[1]}, K = {k}'
+        draws = [torch.randn(shape, generator=source, dtype=x.dtype) for _ in range(args.draws)]
+        result['theorem_1'].append({'case': case} | theorem_1(x, y, draws))
+    result['brute_force'] = {'case': case, 'draws': args.draws} | brute_force(x[0], y, draws)
+    print(f'Theorem 1, gains over a constant classifier: {result["brute_force"]}')
+    for eps in 0.05, 0.1, 0.2:
+        points = theorem_2(eps, [2 + i / 4 for i in range(17)], args.seed)
+        result['theorem_2'].append({'eps': eps, 'points': points})
+        most = max(point['share'] / point['bound'] for point in points)
+        print(f'Theorem 2, eps {eps}: at most {most:.0%} of the bound')
+    theta = torch.linspace(-2, 2, 401, dtype=torch.float64)
+    curves = {str(eps): adversarial_log_loss(theta, 1.0, eps)[0].tolist() for eps in (0, 0.6, 1.2)}
+    result['figure_1'] = {'theta': theta.tolist(), 'curves': curves}
+    record.save('evals/theory.json', result | {'provenance': [record.environment('cpu')]})
+    return ['evals/theory.json']
+
+
+if __name__ == '__main__':
+    cli.run(main)
