@@ -156,7 +156,8 @@ def analyze(run, args):
             vectors = {'vectors': found[1].cpu(), 'values': values, 'digest': result['digest']}
             record.save(vectors_path, vectors)
             record.save(path, result)
-        scale = result.setdefault('scale', {'losses': [], 'law': 'PyTorch initialiser'})
+        scale = {'losses': [], 'n': min(len(run.x), 500), 'law': 'PyTorch initialiser'}
+        scale = result.setdefault('scale', scale)
         for i in range(len(scale['losses']), args.draws):
             scale['losses'].append(loss_normalizer(run, rng.fold_in(args.seed, i)))
             scale |= {'mean': statistics.mean(scale['losses']), 'n_draws': i + 1}
