@@ -313,7 +313,9 @@ ATTACKS = {
 
 
 def title(key):
-    """The column of an attack as the paper writes it: APGD100-CE for apgd100_ce."""
+    """The column of an attack as the paper writes it, APGD100-CE; or of clean and worst."""
+    if key in ('clean', 'worst'):
+        return 'worst case' if key == 'worst' else key
     return key.replace('_', '-').upper().replace('SQUARE', 'Square')
 
 

@@ -141,14 +141,18 @@ def show_eps(eps, name):
     return f'{eps * denominator:.4g}/{denominator}' if denominator and eps else f'{eps:.4g}'
 
 
+def show_setting(name, value, dataset):
+    """The value of a setting, budgets and steps as they are typed."""
+    typed = name in ('eps', 'eps_min', 'eps_max', 'step_size')
+    return show_eps(value, dataset) if typed else value
+
+
 def show_settings(names, config):
     """Settings of a run as they are typed: '--eps 8/255 --lr 0.1'."""
     flags = []
     for name in names:
-        value = config[name]
-        if name in ('eps', 'eps_min', 'eps_max', 'step_size'):
-            value = show_eps(value, config['dataset'])
-        elif name == 'periods':
+        value = show_setting(name, config[name], config['dataset'])
+        if name == 'periods':
             value = ' '.join(map(str, value))
         flags.append(f'--{name.replace("_", "-")} {value}')
     return ' '.join(flags)

@@ -143,9 +143,8 @@ def format_row(key, column, dataset):
         f'{name} {data.show_eps(value, dataset) if name in ("step_size", "start") else value}'
         for name, value in column.get('settings', {}).items()
     )
-    title = {'clean': 'clean', 'worst': 'worst case'}.get(key) or attack.title(key)
     return (
-        f'  {title:<12}{100 * column["error"]:>8.2f}   {low:>5.1f} .. {high:<5.1f}'
+        f'  {attack.title(key):<12}{100 * column["error"]:>8.2f}   {low:>5.1f} .. {high:<5.1f}'
         f'{column.get("seconds", 0):>9.1f}   {settings}'
     )
 

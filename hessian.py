@@ -139,13 +139,19 @@ def analyze(run, args):
     total = args.max_products + args.draws + args.trace + 50 * args.density
     with record.lock(run.folder, args.wait), cli.bar(' products and draws at most', total) as bar:
         result = analysis.resume(path, run.metadata | {'dim': dim}, args.device)
-        x_adv = run.pgd(fast.folded(run.model, run.x[:8]), run.x, run.y, seed=args.seed)
-        loss, error = mean_loss(run.model, x_adv, run.y, args.batch_size)
-        result |= {'loss': loss, 'robust_error': error}
-        H = Hessian(run.model, x_adv, run.y, args.batch_size)
-        matvec = resumable(H, folder, run.metadata | {'checkpoint': None}, bar)
+
+        @functools.cache
+        def H():  # its adversarial examples are made once, and only if a part is missing
+            x_adv = run.pgd(fast.folded(run.model, run.x[:8]), run.x, run.y, seed=args.seed)
+            loss, error = mean_loss(run.model, x_adv, run.y, args.batch_size)
+            result.update(loss=loss, robust_error=error)
+            return Hessian(run.model, x_adv, run.y, args.batch_size)
+
+        settings = run.metadata | {'checkpoint': None}
+        matvec = resumable(lambda v: H()(v), folder, settings, bar)
 
         if not has_pairs(result, args):
+            H()
             began, options = time.monotonic(), {'tol': args.tol, 'max_products': args.max_products}
             solver = SOLVERS[args.solver]
             found = solver(matvec, dim, args.k, like=like, seed=args.seed, **options)

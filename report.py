@@ -36,8 +36,7 @@ ANALYSES |= {'connect': ('barriers', 50000), 'dead': ('layers', 50000)}
 LEAST = {name: least for name, (_, least) in ANALYSES.items()}
 LEAST |= {'trace': 0, 'density': 0, 'pgd': 10000}
 # of several results of an analysis that one counts which was computed so
-USUAL = {'starts': 'equal', 'directions': 'eigen', 'adversarial': 'regenerate'}
-USUAL |= {'recompute_bn': False}
+USUAL = {'directions': 'eigen'}
 MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes'  # about an evaluated run
 
 
@@ -135,7 +134,7 @@ def evaluated(runs):
         own |= {f'{attack.title(key)} by': attacks[key] for key in attacks}
         own = {name: show(name, own[name], config['dataset']) for name in own}
         names = ['clean', *attacks] + ['worst'] * (claims.ATTACKS.keys() <= attacks.keys())
-        found = {title(key): 100 * columns[key]['error'] for key in names}
+        found = {attack.title(key): 100 * columns[key]['error'] for key in names}
         full = of_paper(config) and result['n'] == result['n_test']
         for key in claims.ATTACKS.keys() & attacks:
             full = full and claims.ATTACKS[key].items() <= attacks[key].items()
@@ -150,15 +149,9 @@ def evaluated(runs):
     return frame, list(settings), sorted(errors, key='worst case'.__eq__)
 
 
-def title(key):
-    """The column of a table for an attack, or for clean and worst."""
-    return {'clean': 'clean', 'worst': 'worst case'}.get(key) or attack.title(key)
-
-
 def show(name, value, dataset):
     """A setting as it is typed."""
-    if name in ('eps', 'eps_min', 'eps_max', 'step_size'):
-        return data.show_eps(value, dataset)
+    value = data.show_setting(name, value, dataset)
     if isinstance(value, dict):
         return ', '.join(f'{key} {number}' for key, number in value.items())
     if isinstance(value, list):
@@ -218,7 +211,7 @@ def ensembles():
     for result in map(record.load, sorted(pathlib.Path('evals').glob('ensemble*/evaluate*.json'))):
         eps = data.show_eps(result['eps'], result['dataset'])
         row = {'members': ' + '.join(result['members']), 'dataset': result['dataset'], 'eps': eps}
-        errors = {title(k): f'{100 * c["error"]:.2f}' for k, c in result['columns'].items()}
+        errors = {attack.title(k): f'{100 * c["error"]:.2f}' for k, c in result['columns'].items()}
         rows.append(row | {'test images': result['n']} | errors)
     return pd.DataFrame(rows)
 

@@ -30,6 +30,7 @@ import rng
 import schedule
 from attack import pgd
 from classifier import NotFiniteError, check_not_nan, correct, predict
+from eigen import norm
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': torch.optim.SGD}
 
@@ -76,8 +77,8 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         update = epoch * n_batches + i
         if c.trace and not c.trace <= update < c.epochs * n_batches - c.trace:
             moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
-            grad_norm = norm(theta.grad for theta in net.parameters())
-            trace.append((update, grad_norm, wrong / len(y_batch), norm(moved)))
+            grad_norm = norm(*(theta.grad for theta in net.parameters()))
+            trace.append((update, grad_norm, wrong / len(y_batch), norm(*moved)))
         optimizer.step()
         loss_sum += loss.detach() * len(y_batch)
         errors += wrong
@@ -95,18 +96,13 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
     return row, [dict(zip(names, (update, *map(float, numbers)))) for update, *numbers in trace]
 
 
-def norm(tensors):
-    """Their Euclidean norm as one vector; torch's own is off by 2e-4 on millions of floats."""
-    return torch.stack([(tensor * tensor).sum() for tensor in tensors]).sum().sqrt()
-
-
 def validate(model, x, y, index, c):
     """Clean and robust error of a `fast.folded` at the *target* eps: never used to select."""
     if len(x) == 0:
         return {'clean_error': None, 'robust_error': None, 'predicted_classes': None}
     model.refold()
-    predicted, start = predict(model, x), c.eps if c.start == 'eps' else None
-    x_adv = pgd(model, x, y, c.eps, c.step_size, c.n_iter, index=index, start=start)
+    predicted = predict(model, x)
+    x_adv = pgd(model, x, y, c.eps, index=index, **data.pgd_settings(vars(c), c.eps))
     fooled = (predicted != y) | ~correct(model, x_adv, y)
     return {
         'clean_error': (predicted != y).sum().item() / len(y),

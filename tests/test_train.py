@@ -3,7 +3,6 @@ import math
 import os
 import re
 import signal
-from unittest import mock
 
 import pytest
 import torch
@@ -60,7 +59,8 @@ def test_the_logged_errors_are_those_of_the_checkpoint_at_the_target_budget(runs
 def test_an_image_that_is_wrong_when_clean_counts_as_fooled(monkeypatch):
     monkeypatch.setattr(train, 'pgd', lambda model, x, *args, **options: 1 - x)
     model, x = fast.Folded(torch.nn.Flatten(), []), torch.eye(2)[:, None, None]  # logits: pixels
-    found = train.validate(model, x, torch.tensor([1, 0]), None, mock.Mock(eps=1))
+    c = train.settings(train.parser().parse_args(['--eps', '1']))
+    found = train.validate(model, x, torch.tensor([1, 0]), None, c)
     assert found['clean_error'] == found['robust_error'] == 1
 
 
