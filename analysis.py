@@ -23,11 +23,10 @@ def load_run(path, args):
     or --n-examples of them), eps, pgd (the attack of training at eps, without model, x and y),
     augment, folder (where results belong) and metadata, what results say of all this.
     """
-    file, config = record.members(path)[-1]
-    model, dataset = record.load_model(file, config, args.dataset)
+    file = record.members(path)[-1]
+    model, config = record.load_model(file, args.dataset)
     run = SimpleNamespace(path=path, model=model.to(args.device), folder=pathlib.Path(path))
-    run.augment = bool(config and config['augment'])
-    config = config or data.DATASETS[dataset].settings(args.eps) | {'dataset': dataset}
+    dataset, run.augment = config['dataset'], config['augment']
     run.eps = config['eps'] if args.eps is None else args.eps
     x, y = data.load(dataset, args.data_dir, args.device)[:2]
     n_train = config.get('n_train') or len(x)
@@ -77,11 +76,11 @@ def unflat(vector, like):
 
 
 def output(run, stem, args, **tags):
-    """The path, without suffix, of what script `stem` computes; tags name what is not default."""
+    """The path of what script `stem` computes; tags name what is not default."""
     tags |= {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}'}
     tags |= {'seed': args.seed or None}
     named = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
-    return run.folder / '_'.join([stem, *named])
+    return run.folder / f'{"_".join([stem, *named])}.json'
 
 
 def resume(path, metadata, device):

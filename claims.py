@@ -66,6 +66,7 @@ CLAIMS = {
     'similar': ('Perturbations differ most along the top eigenvector: cosine', 'Figure 4'),
     'connected': ('Adversarial minima are less connected: barrier of L_eps', 'C.2.5'),
     'dead': ('A layer dies in the narrowest models, not in the widest: 1 or 0', 'C.2.4'),
+    'proposition 1': ('A linear model is robust up to one eps, and to no larger', 'Section 3.1'),
     'theorem 1': ('From eps = max abs(x) on, 0 is the best multiple of linear models', 'Theorem 1'),
     'theorem 2': ('Large gradients are rarer than their bound', 'Theorem 2'),
 }
@@ -119,18 +120,15 @@ def measures(run):
         n, norms = run.trace['n'], [row['grad_norm'] for row in run.trace['rows']]
         found['gradient, first tenth'] = np.mean(norms[: max(1, n // 10)])
         found['gradient, last'] = np.mean(norms[-n:])
-        found['distance'] = run.trace['rows'][n - 1]['distance']
     if run.hessian:
         eigen, scale = run.hessian['eigen'], run.hessian['scale']['mean']
         top = eigen['values'][0] if eigen['converged'][0] else np.nan
-        found |= {'L_eps': run.hessian['loss'], 'robust error': run.hessian['robust_error']}
-        found |= {'top eigenvalue': top, 'normalised': top / scale}
+        found['normalised'] = top / scale
     if run.similarity:
         points = pd.DataFrame(run.similarity['points']).query('a > 0')
         found |= points.groupby('direction')['cosine'].mean().add_prefix('cosine, ').to_dict()
     if run.connect:
         found['barrier'] = run.connect['barriers'][run.connect['curve']]
-        found['barrier, line'] = run.connect['barriers']['line']
     if run.dead:
         found['layers dead'] = sum(layer['all'] for layer in run.dead['layers'])
         found |= {f'dead {layer["layer"]}': layer['share'] for layer in run.dead['layers']}
@@ -158,11 +156,11 @@ def of_budget(study):
     """Section 4, under a constant eps. A constant classifier has reached no minimum."""
     frame = study.frame[study.frame['eps_sched'] == 'constant']
     trained = frame[frame['constant'] == 0]
-    for claim, analysis, rows, name, sign, unit in (
-        ('first', 'trace', frame, 'gradient, first tenth', -1, 'seed'),
-        ('last', 'trace', trained, 'gradient, last', 1, 'seed'),
-        ('sharper', 'hessian', trained, 'normalised', 1, 'seed'),
-        ('connected', 'connect', trained, 'barrier', 1, 'pair'),
+    for claim, rows, name, sign, unit in (
+        ('first', frame, 'gradient, first tenth', -1, 'seed'),
+        ('last', trained, 'gradient, last', 1, 'seed'),
+        ('sharper', trained, 'normalised', 1, 'seed'),
+        ('connected', trained, 'barrier', 1, 'pair'),
     ):
         table = by_seed(rows, 'eps', name)
         if claim != 'connected':  # decades; a saddle, below 0, is no minimum
@@ -170,11 +168,11 @@ def of_budget(study):
         if table.shape[1] > 1:
             place = f'{study.place} to eps {data.show_eps(table.columns[-1], study.dataset)}'
             rise = sign * (table.iloc[:, -1] - table.iloc[:, 0])
-            yield finding(claim, study.full[analysis], place, rise, unit)
+            yield finding(claim, study.full, place, rise, unit)
     less = trained.get('cosine, random', np.nan) - trained.get('cosine, eigenvector', np.nan)
     table = by_seed(trained.assign(less=less), 'eps', 'less')
     if table.size:
-        yield finding('similar', study.full['similarity'], study.place, table.mean(axis=1))
+        yield finding('similar', study.full, study.place, table.mean(axis=1))
 
 
 def of_rate(study, usable=0.5):
@@ -190,7 +188,7 @@ def of_rate(study, usable=0.5):
                 more = (b < usable).sum(axis=1) - (a < usable).sum(axis=1)
             place = f'{study.place} ({other}, rates: {a.shape[1]})'
             stuck = len(a) if kinds[name]['constant'].all() else 0
-            claim, full = 'warm-up' if warm_up else 'rates', study.full['pgd']
+            claim, full = 'warm-up' if warm_up else 'rates', study.full
             if a.size:
                 yield finding(claim, full, place, more, untrained=stuck, count=not warm_up)
 
@@ -201,22 +199,28 @@ def of_width(study):
     dead = (by_seed(frame, 'width', 'layers dead') > 0).astype(int)
     if dead.shape[1] > 1:
         more = dead.iloc[:, 0] - dead.iloc[:, -1]
-        yield finding('dead', study.full['dead'], study.place, more, count=True)
+        yield finding('dead', study.full, study.place, more, count=True)
 
 
 def of_theory(theory):
     """Section 3, of which all cases must hold: there is no sample."""
-    if check := theory.get('brute_force'):
-        gain = check['largest_violation']
-        verdict = 'holds' if gain <= 0 < check['smallest_improvement'] else 'does not hold'
-        ours, n = f'the best multiple gains {gain:.2g}', f'{check["draws"]} models'
-        yield 'theorem 1', True, check['case'], verdict, ours, n
-    points = [point for case in theory.get('theorem_2', []) for point in case['points']]
-    if points:
-        share = max(point['share'] / point['bound'] for point in points)
-        verdict = 'holds' if share < 1 else 'does not hold'
-        ours, n = f'at most {share:.0%} of the bound', f'{len(points)} cases'
-        yield 'theorem 2', True, 'logistic regression', verdict, ours, n
+    if theory:
+        gain, share = theory['theorem_1'], theory['proposition_1']
+        points = [point for case in theory['theorem_2'] for point in case['points']]
+        most = max(point['share'] / point['bound'] for point in points)
+        models, cases = f'{theory["draws"]} models', f'{len(points)} cases'
+        for claim, place, holds, ours, n in (
+            ('proposition 1', theory['case'], share == 1, f'so for {share:.1%}', models),
+            (
+                'theorem 1',
+                theory['case'],
+                gain['largest_violation'] <= 0 < gain['smallest_improvement'],
+                f'the best multiple gains {gain["largest_violation"]:.2g}',
+                models,
+            ),
+            ('theorem 2', 'logistic regression', most < 1, f'at most {most:.0%} of it', cases),
+        ):
+            yield claim, True, place, 'holds' if holds else 'does not hold', ours, n
 
 
 def table(findings):

@@ -17,12 +17,12 @@ import contextlib
 import functools
 import hashlib
 import inspect
-import math
 import pathlib
 import time
 from types import SimpleNamespace
 
 import numpy as np
+import scipy.stats
 import torch
 
 import analysis
@@ -124,16 +124,10 @@ def settings_of(run_attack):
 
 
 def summary(robust, **settings):
-    """A column of the result: the error, its 95 % confidence interval, and what led to it."""
-    error = int((~robust).sum()) / len(robust)
-    return {'error': error, 'interval': wilson(error, len(robust)), **settings}
-
-
-def wilson(p, n, z=1.959964):
-    """95 % confidence interval of an error rate p of n images, as fractions (Wilson 1927)."""
-    half = z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-    middle, shrink = p + z * z / (2 * n), 1 + z * z / n
-    return [max(0.0, (middle - half) / shrink), min(1.0, (middle + half) / shrink)]
+    """A column of the result: the error, its 95 % interval (Wilson 1927), and what led to it."""
+    found = scipy.stats.binomtest(int((~robust).sum()), len(robust))
+    interval = list(found.proportion_ci(method='wilson'))
+    return {'error': found.statistic, 'interval': interval, **settings}
 
 
 def format_row(key, column, dataset):
@@ -150,24 +144,21 @@ def format_row(key, column, dataset):
 
 
 def load_groups(paths, args):
-    """{(dataset, eps): [(checkpoint, config or None, network)]} of checkpoints and runs.
+    """{(dataset, eps): [(checkpoint, settings, network)]} of checkpoints and runs.
 
     Runs that diverged, and with --ensemble those that are not finished, are named and left out.
     """
-    groups, left_out = {}, record.Diverged
-    if args.ensemble:
-        left_out = record.Diverged, record.Unfinished
+    groups, left_out = {}, (record.Diverged, *[record.Unfinished] * bool(args.ensemble))
     for path in paths:
         try:
             files = record.members(path)
         except left_out as error:
             print(f'left out: {error}')
             continue
-        for file, config in files:
-            net, dataset = record.load_model(file, config, args.dataset)
-            settings = config or data.DATASETS[dataset].settings()
-            eps = settings['eps'] if args.eps is None else args.eps
-            groups.setdefault((dataset, eps), []).append((file, config, net))
+        for file in files:
+            net, config = record.load_model(file, args.dataset)
+            eps = config['eps'] if args.eps is None else args.eps
+            groups.setdefault((config['dataset'], eps), []).append((file, config, net))
     return groups
 
 
@@ -187,13 +178,13 @@ def evaluate_group(paths, dataset, eps, members, args):
     metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}
     metadata |= {'eps': eps, 'seed': args.seed, 'n': len(index), 'n_test': len(x)}
     paper = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
-    alike = len({str(data.pgd_settings(config or paper, eps)) for config in configs}) == 1
+    alike = len({str(data.pgd_settings(config, eps)) for config in configs}) == 1
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
     model = model.to(args.device, memory_format=torch.channels_last)
-    attacks = attacks_of(alike and configs[0] or paper, eps)
+    attacks = attacks_of(configs[0] if alike else paper, eps)
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks)
-    path = analysis.output(e, 'worst' if args.worst else 'evaluate', args)
-    e.json, e.npz = (record.suffixed(path, suffix) for suffix in ('.json', '.npz'))
+    e.json = analysis.output(e, 'worst' if args.worst else 'evaluate', args)
+    e.npz = e.json.with_suffix('.npz')
     print(
         f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
         f'{dataset}, eps {data.show_eps(eps, dataset)}, seed {args.seed}\n'
@@ -212,6 +203,8 @@ def main(argv=None):
     args = parse(argv)
     named = args.ensemble or args.runs
     runs = record.find_runs(named)
+    if not runs:
+        raise ValueError(f'{" ".join(named)}: no run is below, no folder with a config.json')
     groups = [
         (paths, *key, members)
         for paths in ([runs] if args.ensemble else [[run] for run in runs])

@@ -54,7 +54,6 @@ def draw(studies, theory, out):
                     save(figure, f'{number}_{of}', seen, about)
         if theory:
             save(figure_1(theory), 'fig1', figure_1.__doc__, 'Figure 1')
-            save(theorems(theory), 'theory', theorems.__doc__, 'Theorems 1 and 2')
     return shown
 
 
@@ -167,15 +166,6 @@ def eigenvalues(run, scaled=False):
     return values.where(eigen['converged'])
 
 
-def spectrum(run):
-    """Density of the eigenvalues: the nodes of Lanczos quadrature, each a narrow Gaussian."""
-    nodes, weights = (np.ravel(run.density['density'][key]) for key in ('nodes', 'weights'))
-    grid = np.linspace(nodes.min(), nodes.max(), 1000)
-    bells = np.exp(-(((grid[:, None] - nodes) / (grid[10] - grid[0])) ** 2) / 2) @ weights
-    density = pd.Series(bells / np.trapezoid(bells, grid), grid)
-    return density.where(density > 1e-7 * density.max())
-
-
 def similarity(key):
     directions = 'random', 'eigenvector'
     return [
@@ -207,11 +197,6 @@ BUDGET = {
         ('number', '|eigenvalue| / mean random loss', 'log', partial(eigenvalues, scaled=True)),
         ('number', '|eigenvalue|', 'log', eigenvalues),
     ),
-    'density': (
-        'The spectrum of the Hessian, by Lanczos quadrature.',
-        'density',
-        ('eigenvalue', 'density', 'log', spectrum),
-    ),
     'fig4': (
         'Perturbations at theta + a v and theta - a v differ more, and so does the error, where v '
         'is the top eigenvector (dashed) than where it is random.',
@@ -239,9 +224,9 @@ def pictures(study):
     frame, eps = study.frame, [f'eps {data.show_eps(e, study.dataset)}' for e in study.frame['eps']]
     if study.kind == 'budget':
         for name, (seen, result, *panels) in BUDGET.items():
-            one = name in ('fig12', 'density')  # these cannot be averaged
             groups = by_eps(study.runs, result)
-            groups = [(label, color, own[: 1 if one else None]) for label, color, own in groups]
+            if not panels:  # planes cannot be averaged
+                groups = [(label, color, own[:1]) for label, color, own in groups]
             yield name, seen, groups, panels
     elif study.kind == 'rate':
         labels = 'learning rate', 'robust test error (PGD)', 'linear'
@@ -268,21 +253,4 @@ def figure_1(theory):
         ax.plot(theta, curves['0'], '--', label=r'$g(x, \theta)$')
         ax.plot(theta, curves[eps], label=r'$g_\epsilon(x, \theta)$')
         ax.set(xlabel=r'$\theta$', ylabel='loss', title=f'eps {eps}')
-    return figure
-
-
-def theorems(theory):
-    """From some eps on 0 is the best multiple of all models; large gradients are below a bound."""
-    figure = Figure(figsize=(11, 3))
-    one, two = figure.subplots(1, 2)
-    for i, case in enumerate(theory['theorem_1']):
-        one.plot(case['eps'], case['share_in_T'], color=f'C{i}', label=case['case'])
-        if case['share_in_V']:
-            one.plot(case['eps'], case['share_in_V'], '--', color=f'C{i}')
-    one.set(xscale='log', xlabel='eps', ylabel='share in T (dashed: V)', title='Theorem 1')
-    for i, case in enumerate(theory['theorem_2']):
-        points = pd.DataFrame(case['points']).set_index('gamma')
-        two.plot(points['share'], 'o-', ms=3, color=f'C{i + 3}', label=f'eps {case["eps"]}')
-    two.plot(points['bound'], 'k--', label='bound')
-    two.set(xlabel=r'$\gamma$', ylabel='share of large gradients', title='Theorem 2: SGD')
     return figure

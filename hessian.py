@@ -13,9 +13,6 @@ if __name__ == '__main__':
 import argparse
 import copy
 import functools
-import hashlib
-import json
-import shutil
 import statistics
 import time
 from types import SimpleNamespace
@@ -111,26 +108,10 @@ def loss_normalizer(run, seed):
     return mean_loss(s.model, pgd(fast.folded(s.model, s.x[:8]), s.x, s.y), s.y)[0]
 
 
-def resumable(matvec, folder, settings, bar, least=3):
-    """`matvec`, moving the bar; a product that takes `least` seconds is kept in `folder`. A solver
-    that was killed repeats its steps, which are deterministic, and finds these products there."""
-
-    def product(v):
-        key, began = json.dumps(settings).encode() + v.cpu().numpy().tobytes(), time.monotonic()
-        path = folder / f'{hashlib.sha256(key).hexdigest()}.pt'
-        result = record.load(path).to(v) if path.exists() else matvec(v)
-        if time.monotonic() - began >= least and not path.exists():
-            record.save(path, result.cpu())
-        bar.update()
-        return result
-
-    return product
-
-
 def analyze(run, args):
     """Adds what is missing to the run's result, part by part, and prints it. Returns its files."""
-    out = analysis.output(run, 'hessian', args, power='' if args.solver == 'power' else None)
-    path, vectors_path, folder = (record.suffixed(out, s) for s in ('.json', '.pt', '.products'))
+    path = analysis.output(run, 'hessian', args, power='' if args.solver == 'power' else None)
+    vectors_path = path.with_suffix('.pt')
     dim, like = sum(p.numel() for p in run.model.parameters()), run.x.new_zeros(())
     if args.k > min(dim, args.max_products):
         raise ValueError(f'--k {args.k}: {dim:,} parameters, {args.max_products} products at most')
@@ -147,8 +128,9 @@ def analyze(run, args):
             result.update(loss=loss, robust_error=error)
             return Hessian(run.model, x_adv, run.y, args.batch_size)
 
-        settings = run.metadata | {'checkpoint': None}
-        matvec = resumable(lambda v: H()(v), folder, settings, bar)
+        def matvec(v):
+            bar.update()
+            return H()(v)
 
         if not has_pairs(result, args):
             H()
@@ -162,8 +144,7 @@ def analyze(run, args):
             vectors = {'vectors': found[1].cpu(), 'values': values, 'digest': result['digest']}
             record.save(vectors_path, vectors)
             record.save(path, result)
-        scale = {'losses': [], 'n': min(len(run.x), 500), 'law': 'PyTorch initialiser'}
-        scale = result.setdefault('scale', scale)
+        scale = result.setdefault('scale', {'losses': []})
         for i in range(len(scale['losses']), args.draws):
             scale['losses'].append(loss_normalizer(run, rng.fold_in(args.seed, i)))
             scale |= {'mean': statistics.mean(scale['losses']), 'n_draws': i + 1}
@@ -179,7 +160,7 @@ def analyze(run, args):
             for rows, row in zip((probes['nodes'], probes['weights']), probe):
                 rows.append(row.tolist())
             record.save(path, result)
-        shutil.rmtree(folder, ignore_errors=True)
+        record.save(path, result | {'complete': True})
     show(result)
     return [path, vectors_path, run.metadata['checkpoint']]
 

@@ -31,8 +31,7 @@ def output(run, stem, args, *flags, **more):
     """The path of a result and its metadata: the run's, the command's `flags`, and `more`."""
     settings = {flag: getattr(args, flag) for flag in flags}
     tags = {f'{flag}_': value for flag, value in settings.items() if value != args.default(flag)}
-    path = record.suffixed(analysis.output(run, stem, args, **tags), '.json')
-    return path, run.metadata | settings | more
+    return analysis.output(run, stem, args, **tags), run.metadata | settings | more
 
 
 def compute_missing(path, metadata, keys, compute, args):
@@ -45,6 +44,7 @@ def compute_missing(path, metadata, keys, compute, args):
     with cli.bar('points', len(missing)) as bar:
         for key in missing:
             points.append(key | compute(**key))
+            result['complete'] = key == missing[-1]
             record.save(path, result)
             bar.update()
     return result
@@ -228,6 +228,7 @@ def dead(run, args):
     layers['share'], layers['all'] = layers.dead / layers.units, layers.dead == layers.units
     n_classes = len(classes.unique())
     result = metadata | {'layers': layers.to_dict('records'), 'predicted_classes': n_classes}
+    result['complete'] = True
     record.add_provenance(result, args.device)
     record.save(path, result)
     print(f'{args.run} predicts {n_classes} class(es)', layers.to_string(index=False), sep='\n')

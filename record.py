@@ -42,11 +42,6 @@ def replace(path, write):
         raise OSError(f'{path} could not be written ({error})') from None
 
 
-def suffixed(path, suffix):
-    """`path` with `suffix` behind its name, which may hold dots."""
-    return path.with_name(path.name + suffix)
-
-
 def save(path, content):
     """Writes a .pt by `torch.save`, a dict of arrays to .npz, a list to .jsonl, one line an item,
     anything else as JSON."""
@@ -166,61 +161,55 @@ def find_runs(paths):
     """`paths`, a folder that is no run replaced by the runs below it, at any depth."""
     found = []
     for path in map(pathlib.Path, paths):
-        below = []
-        if path.is_dir() and not (path / 'config.json').exists():
-            below = sorted(file.parent for file in path.rglob('config.json'))
-            if not below:
-                raise ValueError(f'{path} is no run and holds none: there is no config.json')
-        found += below or [path]
+        is_run = not path.is_dir() or (path / 'config.json').exists()
+        found += [path] if is_run else sorted(file.parent for file in path.rglob('config.json'))
     return found
 
 
 def members(path):
-    """(checkpoint, config of its run or None) for each member of the ensemble that `path` means.
-
-    A run folder means the model at the end of each period: one, or the ensemble of a periodic run.
-    Unfinished where it is not finished, Diverged where it will never be.
-    """
+    """The checkpoints of the ensemble that `path` means: a checkpoint, or those of a run folder,
+    the model at the end of each period. Unfinished where a run is not finished, Diverged where it
+    will never be."""
     path = pathlib.Path(path)
     if not path.is_dir():
-        in_run = (path.parent / 'config.json').exists()
-        return [(path, load_config(path.parent) if in_run else None)]
+        return [path]
     config = load_config(path)
     if (path / 'diverged.json').exists():
         raise Diverged(f'{path} diverged in epoch {load(path / "diverged.json")["epoch"]}')
     if not finished(path):
         raise Unfinished(f'{path} is not finished; resume it with the same train.py command')
-    return [(file, config) for file in period_files(path, config)]
+    return period_files(path, config)
 
 
-def load_model(path, config=None, dataset=None):
-    """The network in the checkpoint `path` and the name of its dataset.
+def load_model(path, dataset=None):
+    """The network in the checkpoint `path` and the settings of its run.
 
-    Without the `config` of its run they are those whose shapes fit: the first of data.DATASETS, or
-    `dataset`. ValueError, naming the file, where the parameters fit none.
+    Outside of a run they are the paper's for the model and the dataset, of data.DATASETS the first
+    or `dataset`, whose shapes fit. ValueError, naming the file, where the parameters fit none.
     """
-    state = load(path)
+    state, in_run = load(path), (pathlib.Path(path).parent / 'config.json').exists()
+    config = load_config(pathlib.Path(path).parent) if in_run else None
     try:
-        if config:
-            name, model_name, width = config['dataset'], config['model'], config['width']
-        else:
-            name, model_name, width = recognize(state, [dataset] if dataset else data.DATASETS)
-        model = models.build(model_name, data.DATASETS[name], width)
+        config = config or recognize(state, [dataset] if dataset else data.DATASETS)
+        if dataset not in (None, config['dataset']):
+            raise ValueError(f'its run is on {config["dataset"]}, not on {dataset}')
+        model = models.build(config['model'], data.DATASETS[config['dataset']], config['width'])
         model.load_state_dict(state)
     except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f'{path} does not fit: {error}') from None
-    return model, name
+    return model, config
 
 
 def recognize(state, datasets):
-    """The first (dataset, model, width) whose networks have the names and shapes of `state`."""
+    """The paper's settings for the first dataset and model with the names and shapes of `state`."""
     for dataset, model in itertools.product(datasets, models.MODELS):
         with torch.device('meta'):
             thin = models.build(model, data.DATASETS[dataset], 1).state_dict()
             width = len(next(iter(state.values()))) // len(next(iter(thin.values())))
             fits = models.build(model, data.DATASETS[dataset], max(1, width)).state_dict()
         if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in fits.items()}:
-            return dataset, model, width
+            found = {'dataset': dataset, 'model': model, 'width': width}
+            return data.DATASETS[dataset].settings() | found
     raise ValueError(
         f'these are the parameters of none of {", ".join(models.MODELS)} on '
         f'{", ".join(datasets)}, but {", ".join(list(state)[:3]) or "nothing"}, ...'

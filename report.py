@@ -2,8 +2,8 @@
 
 Without RUN, of all runs below ckpts/. --budget, --rate and --width name the runs of a study each,
 which may differ only in what it varies; each may be given several times. Into --out go index.md,
-which says what each picture shows, table1.md and .csv, claims.md, and landscape.md with the numbers
-behind the figures. Over seeds a number is mean and deviation: 8.58(89) is 8.58 +- 0.89.
+which says what each picture shows, table1.md and .csv, and claims.md. Over seeds a number is mean
+and deviation: 8.58(89) is 8.58 +- 0.89.
 """
 
 import argparse
@@ -30,13 +30,7 @@ STUDIES = {  # what varies in a study
     'rate': {'lr', 'lr_warmup', 'eps_sched', 'eps_max'},
     'width': {'width', 'eps', 'eps_max', 'step_size', 'n_iter'},
 }
-# an analysis: what its result has when complete, and the images that the paper's is of, at least
-ANALYSES = {'hessian': ('scale', 50000), 'similarity': ('points', 10000), 'surface': ('points', 0)}
-ANALYSES |= {'connect': ('barriers', 50000), 'dead': ('layers', 50000)}
-LEAST = {name: least for name, (_, least) in ANALYSES.items()}
-LEAST |= {'trace': 0, 'density': 0, 'pgd': 10000}
-# of several results of an analysis that one counts which was computed so
-USUAL = {'directions': 'eigen'}
+ANALYSES = 'hessian', 'similarity', 'surface', 'connect', 'dead'
 MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes'  # about an evaluated run
 
 
@@ -45,7 +39,8 @@ def read(folder, defaults):
     None or [] where nothing was. ValueError where a file is damaged."""
     config, finished = defaults | record.load_config(folder), record.finished(folder)
     digests = [record.digest(file) for file in record.period_files(folder, config) if finished]
-    own = USUAL | {'eps': config['eps'], 'digest': (digests or [None])[-1]}
+    own = {'eps': config['eps'], 'digest': (digests or [None])[-1], 'complete': True}
+    own |= {'directions': 'eigen'}  # of a surface
 
     def load(name):
         return [record.load(path) for path in sorted(folder.glob(f'{name}*.json*')) if finished]
@@ -57,12 +52,9 @@ def read(folder, defaults):
     run.diverged = (folder / 'diverged.json').exists()
     run.log, rows = (sum(load(name), []) for name in ('log', 'trace'))
     run.trace = {'n': min(config['trace'], max(1, len(rows) // 2)), 'rows': rows} if rows else None
-    for name, (key, _) in ANALYSES.items():
-        results = [r for r in load(name) if key in r and own.items() <= (USUAL | r).items()]
+    for name in ANALYSES:
+        results = [r for r in load(name) if own.items() <= ({'directions': 'eigen'} | r).items()]
         setattr(run, name, largest(results))
-    grid = pd.DataFrame((run.surface or {'points': ()})['points'], columns=['a', 'b'])
-    run.surface = run.surface if grid.nunique().min() > 1 else None  # else it was interrupted
-    run.density = run.hessian if (run.hessian or {}).get('density', {}).get('nodes') else None
     run.constant = 1 in [row['predicted_classes'] for row in (*run.log[-1:], run.dead) if row]
     run.similarity = None if run.constant else run.similarity  # it has no adversarial examples
     found = [r for r in load('evaluate') if sorted(r['digests']) == sorted(digests)]
@@ -78,7 +70,7 @@ def make_study(kind, runs):
     ValueError names two runs that differ in what the study does not vary, or in nothing.
     """
     runs = sorted(map(copy.copy, runs), key=lambda run: (run.config['eps'], run.config['seed']))
-    first, twins, ends = runs[0], {}, {run.digest for run in runs if not run.constant}
+    first, twins = runs[0], {}
     for run in runs:
         for name in sorted({*first.config, *run.config} - FREE - STUDIES[kind]):
             ours, theirs = run.config.get(name), first.config.get(name)
@@ -87,22 +79,15 @@ def make_study(kind, runs):
         twin = twins.setdefault(str([run.config[name] for name in ('seed', *STUDIES[kind])]), run)
         if twin is not run:
             raise ValueError(f'--{kind}: {twin.path} and {run.path} are one and the same run')
-        pair = {run.digest, run.connect['other']} if run.connect else set()
-        if not pair <= ends:
-            run.connect, pair = None, set()
-        ends -= pair  # pairs that share a run are not independent
-    study = SimpleNamespace(kind=kind, runs=runs, dataset=first.config['dataset'], full={})
-    paper = all(of_paper(run.config, STUDIES[kind]) for run in runs)
-    for name, least in LEAST.items():
+    for name in ANALYSES:
         n = max((getattr(run, name) or {'n': 0})['n'] for run in runs)
-        study.full[name] = paper and n >= least
         for run in runs:
             if (getattr(run, name) or {'n': n})['n'] < n:
                 setattr(run, name, None)
-    numbers = list(map(claims.measures, runs))
-    study.frame = pd.DataFrame([run.config | row for run, row in zip(runs, numbers)])
-    study.names = list(dict.fromkeys(name for row in numbers for name in row if name != 'kind'))
-    study.place = claims.place(first.config, paper)
+    study = SimpleNamespace(kind=kind, runs=runs, dataset=first.config['dataset'])
+    study.full = all(of_paper(run.config, STUDIES[kind]) for run in runs)
+    study.frame = pd.DataFrame([run.config | claims.measures(run) for run in runs])
+    study.place = claims.place(first.config, study.full)
     return study
 
 
@@ -216,20 +201,6 @@ def ensembles():
     return pd.DataFrame(rows)
 
 
-def landscape(study):
-    """The numbers behind the figures of a study, mean ± deviation over seeds, as a frame."""
-
-    def spread(values):
-        deviation = f' ± {values.std():.2g}' if values.count() > 1 else ''
-        return f'{values.mean():.3g}{deviation}' if values.count() else '—'
-
-    eps = [f'{data.show_eps(eps, study.dataset)}' for eps in study.frame['eps']]
-    groups = study.frame.assign(eps=eps).groupby(['width', 'eps', 'kind', 'lr'], sort=False)
-    table = groups[study.names].agg(spread)
-    table.insert(0, 'seeds', groups.size())
-    return table.reset_index()
-
-
 def markdown(heading, frame):
     """A frame as a table of Markdown."""
     rows = [frame.columns, ['---'] * len(frame.columns), *frame.fillna('—').values]
@@ -258,7 +229,6 @@ def write(args, runs, studies):
             + ''.join(sorted(made)),
             'table1.csv': means.to_csv(),
             'claims.md': f'{claims.RULE}\n\n' + markdown('# Claims', judged),
-            'landscape.md': ''.join(markdown(figures.title(s.runs), landscape(s)) for s in studies),
             'index.md': ''.join(f'- {shown[name]}\n\n  ![{name}]({name})\n' for name in shown),
         }
         for name, text in texts.items():
@@ -294,10 +264,7 @@ def main(argv=None):
                     damaged.append(f'{path} is left out: {error}')
         return [runs[path] for path in paths if runs[path]]
 
-    for path in map(pathlib.Path, args.runs or ['ckpts']):  # below ckpts/ there may be none yet
-        if args.runs and not path.exists():
-            raise ValueError(f'{path} does not exist')
-        load(file.parent for file in sorted(path.rglob('config.json')))
+    load(args.runs or pathlib.Path().glob('ckpts'))
     groups = [(kind, load(paths)) for kind in STUDIES for paths in getattr(args, kind)]
     studies = [make_study(kind, group) for kind, group in groups if group]
     runs = list(filter(None, runs.values()))

@@ -143,8 +143,9 @@ def attacks(args):
     flags = '--width 4 --eps-sched linear --epochs 15 --step-size 0.05 --n-iter 10 --lr 3e-3'
     machine = ['--device', args.device, '--data-dir', args.data_dir]
     train.main([*flags.split(), '--n-eval', '100', '--out', 'evals/bench', *machine])
-    path, config = record.members('evals/bench')[-1]
-    model = record.load_model(path, config)[0].to(args.device)
+    path = record.members('evals/bench')[-1]
+    model, config = record.load_model(path)
+    model = model.to(args.device)
     net, eps = copy.deepcopy(model).eval(), config['eps']
     if args.release:
         net = released(args, 'lenet', config['width'], model)

@@ -1,11 +1,11 @@
 import functools
+import math
 import pathlib
 import shutil
 import signal
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from test_train import killed_at
 
@@ -213,7 +213,7 @@ def test_results_of_a_checkpoint_that_changed_are_replaced(copies, capsys):
         (lambda path: path.unlink(), 'single is not finished; resume it'),
         (lambda path: path.with_name('last.pt').touch(), 'single is not finished; resume it'),
         (lambda path: shutil.rmtree(path.parent), 'single cannot be read: .*No such file'),
-        (lambda path: path.with_name('config.json').unlink(), 'single is no run and holds none'),
+        (lambda path: path.with_name('config.json').unlink(), 'single: no run is below'),
     ],
 )
 def test_what_is_no_finished_run_is_refused_by_name(copies, spoil, message):
@@ -239,8 +239,12 @@ def test_bad_flags_are_refused_with_their_value(flags, message, capsys):
 
 @pytest.mark.parametrize('k, n', [(0, 100), (1, 10), (37, 1000), (100, 100)])
 def test_the_interval_is_wilsons(k, n):
-    expected = scipy.stats.binomtest(k, n).proportion_ci(method='wilson')
-    assert evaluate.wilson(k / n, n) == pytest.approx(list(expected), abs=1e-6)
+    column = evaluate.summary(np.arange(n) >= k)
+    assert column['error'] == k / n
+    for end in column['interval']:  # both ends are 1.96 of their own deviations away
+        assert abs(k / n - end) == pytest.approx(
+            1.959964 * math.sqrt(end * (1 - end) / n), abs=1e-6
+        )
 
 
 @pytest.mark.parametrize('dataset, typed', [('cifar10', '2/255'), ('mnist', '0.007843')])

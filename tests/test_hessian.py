@@ -289,30 +289,6 @@ def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, products, 
     assert after['trace']['estimates'][:2] == before['trace']['estimates']
 
 
-@pytest.mark.parametrize('solver', hessian.SOLVERS)
-def test_a_killed_computation_resumes_to_the_same_bits(run, solver, monkeypatch, products):
-    flags = '--solver', solver, '--max-products', '36'
-    whole = compute(run, *flags)['eigen']
-    next(run.glob('hessian*.json')).unlink()
-    products.clear()
-    monkeypatch.setattr(hessian.resumable, '__defaults__', (0,))  # all products are kept
-    product = hessian.Hessian.__call__
-
-    def killed(*args):
-        if len(products) == 5:
-            raise KeyboardInterrupt
-        return product(*args)
-
-    monkeypatch.setattr(hessian.Hessian, '__call__', killed)
-    with pytest.raises(KeyboardInterrupt):
-        compute(run, *flags)
-    monkeypatch.setattr(hessian.Hessian, '__call__', product)
-    resumed = compute(run, *flags)['eigen']
-    assert len(products) == whole['products']  # what was kept is not computed again
-    assert resumed | {'seconds': 0} == whole | {'seconds': 0}
-    assert not list(run.glob('*.products'))
-
-
 def test_draws_of_theta_follow_the_initialiser_and_leave_the_model(run):
     s = analysis.load_run(run, hessian.parse([str(run), *FLAGS]))
     before = analysis.flat(s.model.parameters())

@@ -92,7 +92,7 @@ def call(command, *words):
 
 def moved(run, delta=0):
     """The network of a run at theta + delta, in eval mode."""
-    model = record.load_model(run / 'period1.pt', record.load_config(run))[0].eval()
+    model = record.load_model(run / 'period1.pt')[0].eval()
     theta = nn.utils.parameters_to_vector(model.parameters()).detach()
     nn.utils.vector_to_parameters(theta + delta, model.parameters())
     return model

@@ -91,15 +91,22 @@ def test_a_released_checkpoint_is_recognised_by_its_parameters(name):
     model = models.build(name, data.DATASETS[dataset], models.MODELS[name].default_width)
     record.save('released.ckpt.pt', model.state_dict())
     found, of = record.load_model('released.ckpt.pt')
-    assert of == dataset and equal(found, model)
+    assert of['dataset'] == dataset and equal(found, model)
     assert all(map(torch.equal, found.state_dict().values(), model.state_dict().values()))
 
 
 @pytest.mark.parametrize('config', [None, {'dataset': 'mnist', 'model': 'lenet', 'width': 2}])
 def test_parameters_that_do_not_fit_are_refused_by_name(config):
     record.save('foreign.pt', torch.nn.Linear(3, 3).state_dict())
+    if config:
+        record.save('config.json', config)
     with pytest.raises(ValueError, match='foreign.pt does not fit: '):
-        record.load_model('foreign.pt', config)
+        record.load_model('foreign.pt')
+
+
+def test_a_dataset_that_is_not_the_runs_is_refused(runs):
+    with pytest.raises(ValueError, match='its run is on mnist5k, not on cifar10'):
+        record.load_model(runs / 'single/period1.pt', 'cifar10')
 
 
 # A run in its folder

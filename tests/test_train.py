@@ -45,7 +45,7 @@ def test_a_run_leaves_settings_a_log_and_a_model_for_each_period(runs):
 
 
 def test_the_logged_errors_are_those_of_the_checkpoint_at_the_target_budget(runs):
-    model, _ = record.load_model(runs / 'triple/period3.pt', record.load_config(runs / 'triple'))
+    model, _ = record.load_model(runs / 'triple/period3.pt')
     index, last = data.subset(1000, 100), log_of(runs / 'triple')[-1]
     x, y = (tensor[index] for tensor in data.load('mnist5k')[2:])
     clean = classifier.correct(model, x, y)
