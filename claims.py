@@ -3,8 +3,8 @@
 A finding is a tuple of FIELDS: one claim at one place, at the paper's size (full) or not.
 """
 
-import io
 import itertools
+import pathlib
 
 import numpy as np
 import pandas as pd
@@ -18,25 +18,6 @@ above 0, does not hold if it is below, and is inconclusive otherwise. Counts hav
 seeds of at least 3 must agree. *Baseline untrained*: what the claim compares with is a constant
 classifier. A dash: not measured."""
 
-# Table 1 of the paper: dataset, model, periodic, schedule; clean and the five attacks, percent
-TABLE = """
-mnist   lenet    no  constant  1.56(17)  8.58(89) 10.86(143) 15.18(155) 14.70(136) 19.58(45)
-mnist   lenet    no  cosine    1.08(2)   6.64(70)  8.46(82)  14.36(134) 13.46(129) 16.78(25)
-mnist   lenet    no  linear    1.06(6)   6.69(59)  8.79(116) 13.91(150) 13.17(120) 17.05(47)
-cifar10 vgg      no  constant 28.25(47) 56.22(43) 56.19(32)  58.18(46)  58.65(69)  54.37(29)
-cifar10 vgg      no  cosine   25.06(19) 56.06(48) 56.00(42)  57.83(45)  58.88(16)  53.95(15)
-cifar10 vgg      no  linear   23.56(95) 56.09(14) 55.88(5)   57.74(16)  58.39(18)  53.66(24)
-cifar10 vgg      yes constant 28.33(81) 54.24(28) 54.16(26)  55.45(26)  56.56(4)   52.85(18)
-cifar10 vgg      yes cosine   23.91(21) 53.18(21) 53.10(18)  54.44(16)  55.80(24)  51.41(37)
-cifar10 vgg      yes linear   21.88(33) 53.03(14) 52.97(17)  54.32(17)  55.63(17)  51.28(4)
-cifar10 resnet18 no  constant 18.62(6)  55.00(8)  54.97(9)   57.26(13)  56.60(25)  50.59(19)
-cifar10 resnet18 no  cosine   18.43(26) 53.95(23) 53.85(21)  56.16(18)  55.77(24)  49.60(18)
-cifar10 resnet18 no  linear   18.55(14) 53.46(20) 53.41(10)  55.69(17)  55.45(22)  49.66(28)
-cifar10 resnet18 yes constant 21.00(5)  48.98(25) 48.87(25)  50.29(27)  50.98(6)   46.84(9)
-cifar10 resnet18 yes cosine   19.90(18) 48.57(25) 48.49(27)  49.71(22)  50.54(9)   46.19(11)
-cifar10 resnet18 yes linear   20.26(28) 48.60(13) 48.52(13)  49.73(9)   50.68(11)  46.47(26)
-"""
-
 # the columns of Table 1, with what else is known of them than the attack of training
 APGD = {'n_iter': 100, 'n_restarts': 5}
 ATTACKS = {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': APGD, 'apgd100_dlr': APGD}
@@ -49,7 +30,9 @@ FIELDS = ['claim', 'full', 'place', 'verdict', 'ours', 'n']
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
 TITLES = [attack.title(key) for key in ATTACKS]
 NAMES = [*ROW, 'clean', *TITLES]
-PAPER = pd.read_csv(io.StringIO(TABLE), sep=r'\s+', names=NAMES, index_col=ROW)
+PAPER = pd.read_csv(
+    pathlib.Path(__file__).with_name('table1.txt'), sep=r'\s+', names=NAMES, index_col=ROW
+)
 
 # a claim, turned so that its value is above 0, and where the paper makes it
 CLAIMS = {
@@ -98,6 +81,7 @@ def of_table(frame, settings):
         tied = {'eps_sched': 'eps_max', 'periodic': 'periods'}[column]
         same = [name for name in settings if name not in (column, tied)]
         before, after = (frame[frame[column] == value] for value in (baseline, other))
+        before = before.drop_duplicates([*same, 'seed'])
         pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
         for _, rows in pairs.groupby([*same, tied], sort=False, dropna=False):
             row, less = rows.iloc[0], rows[f'{kind} before'] - rows[kind]
@@ -105,7 +89,8 @@ def of_table(frame, settings):
             if column == 'periodic':
                 place = f'{row["place"]} ({row["eps_sched"]} eps)'
             stuck = int(rows['constant before'].sum())
-            yield finding(f'{other} {kind}', row['full'], place, less, untrained=stuck)
+            full = row['full'] and row['full before']
+            yield finding(f'{other} {kind}', full, place, less, untrained=stuck)
 
 
 def measures(run):
@@ -121,7 +106,7 @@ def measures(run):
         found['gradient, first tenth'] = np.mean(norms[: max(1, n // 10)])
         found['gradient, last'] = np.mean(norms[-n:])
     if run.hessian:
-        eigen, scale = run.hessian['eigen'], run.hessian['scale']['mean']
+        eigen, scale = run.hessian['eigen'], np.mean(run.hessian['random_losses'])
         top = eigen['values'][0] if eigen['converged'][0] else np.nan
         found['normalised'] = top / scale
     if run.similarity:
@@ -156,11 +141,11 @@ def of_budget(study):
     """Section 4, under a constant eps. A constant classifier has reached no minimum."""
     frame = study.frame[study.frame['eps_sched'] == 'constant']
     trained = frame[frame['constant'] == 0]
-    for claim, rows, name, sign, unit in (
-        ('first', frame, 'gradient, first tenth', -1, 'seed'),
-        ('last', trained, 'gradient, last', 1, 'seed'),
-        ('sharper', trained, 'normalised', 1, 'seed'),
-        ('connected', trained, 'barrier', 1, 'pair'),
+    for claim, analysis, rows, name, sign, unit in (
+        ('first', 'trace', frame, 'gradient, first tenth', -1, 'seed'),
+        ('last', 'trace', trained, 'gradient, last', 1, 'seed'),
+        ('sharper', 'hessian', trained, 'normalised', 1, 'seed'),
+        ('connected', 'connect', trained, 'barrier', 1, 'pair'),
     ):
         table = by_seed(rows, 'eps', name)
         if claim != 'connected':  # decades; a saddle, below 0, is no minimum
@@ -168,11 +153,11 @@ def of_budget(study):
         if table.shape[1] > 1:
             place = f'{study.place} to eps {data.show_eps(table.columns[-1], study.dataset)}'
             rise = sign * (table.iloc[:, -1] - table.iloc[:, 0])
-            yield finding(claim, study.full, place, rise, unit)
+            yield finding(claim, study.full[analysis], place, rise, unit)
     less = trained.get('cosine, random', np.nan) - trained.get('cosine, eigenvector', np.nan)
     table = by_seed(trained.assign(less=less), 'eps', 'less')
     if table.size:
-        yield finding('similar', study.full, study.place, table.mean(axis=1))
+        yield finding('similar', study.full['similarity'], study.place, table.mean(axis=1))
 
 
 def of_rate(study, usable=0.5):
@@ -188,7 +173,7 @@ def of_rate(study, usable=0.5):
                 more = (b < usable).sum(axis=1) - (a < usable).sum(axis=1)
             place = f'{study.place} ({other}, rates: {a.shape[1]})'
             stuck = len(a) if kinds[name]['constant'].all() else 0
-            claim, full = 'warm-up' if warm_up else 'rates', study.full
+            claim, full = 'warm-up' if warm_up else 'rates', study.full['pgd']
             if a.size:
                 yield finding(claim, full, place, more, untrained=stuck, count=not warm_up)
 
@@ -199,7 +184,7 @@ def of_width(study):
     dead = (by_seed(frame, 'width', 'layers dead') > 0).astype(int)
     if dead.shape[1] > 1:
         more = dead.iloc[:, 0] - dead.iloc[:, -1]
-        yield finding('dead', study.full, study.place, more, count=True)
+        yield finding('dead', study.full['dead'], study.place, more, count=True)
 
 
 def of_theory(theory):

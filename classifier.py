@@ -5,10 +5,13 @@ parameters and is left as it was found.
 """
 
 import contextlib
+import functools
 import math
 
 import torch
 import torch.nn.functional as F
+
+cross_entropy = functools.partial(F.cross_entropy, reduction='none')  # of each image, (N,)
 
 
 class NotFiniteError(ValueError):
@@ -69,11 +72,6 @@ def loss_and_gradient(model, x, y, criterion):
         loss = criterion(logits, y)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), logits.detach(), gradient
-
-
-def cross_entropy(logits, y):
-    """Cross-entropy of each image, (N,)."""
-    return F.cross_entropy(logits, y, reduction='none')
 
 
 def margin(logits, y):

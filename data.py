@@ -37,11 +37,9 @@ def mnist_settings(eps=None):
         'eps': eps,
         'eps_max': {'constant': eps, 'linear': 2 * eps, 'cosine': 1.5 * eps},
         'epochs': 100,
-        'batch_size': 128,
         'optimizer': 'adam',
         'lr': 1e-4,
         'lr_sched': 'constant',
-        'momentum': 0.9,
         'weight_decay': 0.0,
         'augment': False,
         'step_size': 0.01,
@@ -58,11 +56,9 @@ def cifar10_settings(eps=None):
         'eps': eps,
         'eps_max': {'constant': eps, 'linear': 2 * eps, 'cosine': 2 * eps},
         'epochs': 200,
-        'batch_size': 128,
         'optimizer': 'sgd',
         'lr': 0.1,
         'lr_sched': 'step',
-        'momentum': 0.9,
         'weight_decay': 1e-3,
         'augment': True,
         'step_size': eps / 4,
@@ -141,21 +137,22 @@ def show_eps(eps, name):
     return f'{eps * denominator:.4g}/{denominator}' if denominator and eps else f'{eps:.4g}'
 
 
-def show_setting(name, value, dataset):
-    """The value of a setting, budgets and steps as they are typed."""
-    typed = name in ('eps', 'eps_min', 'eps_max', 'step_size')
-    return show_eps(value, dataset) if typed else value
+def show(name, value, dataset):
+    """The value of a setting as it is typed; of those of an attack a list."""
+    if isinstance(value, dict):
+        return ', '.join(f'{key} {show(key, item, dataset)}' for key, item in value.items())
+    if isinstance(value, list):
+        return ' '.join(map(str, value))
+    is_budget = name in ('eps', 'eps_min', 'eps_max', 'step_size', 'start')
+    if is_budget and isinstance(value, float):
+        return show_eps(value, dataset)
+    return '—' if value is None else str(value)
 
 
 def show_settings(names, config):
     """Settings of a run as they are typed: '--eps 8/255 --lr 0.1'."""
-    flags = []
-    for name in names:
-        value = show_setting(name, config[name], config['dataset'])
-        if name == 'periods':
-            value = ' '.join(map(str, value))
-        flags.append(f'--{name.replace("_", "-")} {value}')
-    return ' '.join(flags)
+    dataset = config['dataset']
+    return ' '.join(f'--{n.replace("_", "-")} {show(n, config[n], dataset)}' for n in names)
 
 
 def pgd_settings(config, eps):

@@ -86,7 +86,7 @@ def density(matvec, dim, steps=50, *, like=F32, seed=0):
     while space.size < len(space.V):
         space.step()
     nodes, S = torch.linalg.eigh(space.T)
-    return nodes, S[0] ** 2
+    return nodes.tolist(), (S[0] ** 2).tolist()
 
 
 class Krylov:

@@ -7,10 +7,9 @@ the same command resumes a killed evaluation. The row of a run lies in its folde
 evals/. An image that is misclassified when clean counts as not robust.
 """
 
-if __name__ == '__main__':
-    import skip
+import skip
 
-    skip.exit_if_finished()
+skip.exit_if_finished(__name__)
 
 import argparse
 import contextlib
@@ -49,7 +48,7 @@ def evaluate(model, x, y, e, args):
     print(format_row('clean', columns['clean'], dataset))
     for key in args.attacks:
         run_attack = e.attacks[key]
-        settings, began = settings_of(run_attack), time.monotonic()
+        settings, began = dict(run_attack.keywords), time.monotonic()
         if key not in columns or not settings.items() <= columns[key]['settings'].items():
             e.robust.pop(key, None)
             before = list(e.robust) if args.worst else ['clean']
@@ -57,7 +56,8 @@ def evaluate(model, x, y, e, args):
             standing = torch.from_numpy(standing.nonzero()[0])
             if args.worst:
                 settings |= {'after': '+'.join(before), 'attacked': len(standing)}
-            options = {'seed': args.seed, 'batch_size': args.batch_size, 'index': e.index[standing]}
+            options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
+            options['batch_size'] = args.batch_size
             with progress(model, settings, len(standing)):
                 x_adv = run_attack(model, x[standing], y[standing], **options)
             robust = torch.zeros(len(x), dtype=torch.bool)
@@ -96,31 +96,17 @@ def progress(model, settings, n):
 
 
 def attacks_of(config, eps):
-    """key -> attack with all its settings. One that leaves the steps of PGD open is the attack of
-    training (see data.pgd_settings); one that leaves only their size open has the paper's."""
+    """key -> a partial of the attack; its keywords are its settings but for eps. An attack without
+    n_iter is that of training (data.pgd_settings); one without step_size has the paper's."""
     training = data.pgd_settings(config, eps)
     paper = {'step_size': data.DATASETS[config['dataset']].settings(eps)['pgd100_step_size']}
     attacks = {}
     for key, run_attack in attack.ATTACKS.items():
-        unset = [name for name, value in defaults(run_attack).items() if value is UNSET]
+        parameters = inspect.signature(run_attack).parameters.values()
+        unset = [p.name for p in parameters if p.default is p.empty]
         steps = training if 'n_iter' in unset else paper if 'step_size' in unset else {}
-        attacks[key] = functools.partial(run_attack, eps=eps, **steps)
+        attacks[key] = functools.partial(run_attack, **steps)
     return attacks
-
-
-UNSET = inspect.Parameter.empty
-
-
-def defaults(run_attack):
-    """name -> default of the parameters of an attack, UNSET without one."""
-    return {name: p.default for name, p in inspect.signature(run_attack).parameters.items()}
-
-
-def settings_of(run_attack):
-    """All settings of an attack, defaults included, but for those that change no result."""
-    hidden = 'eps', 'seed', 'batch_size', 'best_loss'
-    found = defaults(run_attack).items()
-    return {k: v for k, v in found if v is not UNSET and v is not None and k not in hidden}
 
 
 def summary(robust, **settings):
@@ -133,10 +119,7 @@ def summary(robust, **settings):
 def format_row(key, column, dataset):
     """A column of the result as a line on the terminal."""
     low, high = (100 * end for end in column['interval'])
-    settings = ', '.join(
-        f'{name} {data.show_eps(value, dataset) if name in ("step_size", "start") else value}'
-        for name, value in column.get('settings', {}).items()
-    )
+    settings = data.show('', column.get('settings', {}), dataset)
     return (
         f'  {attack.title(key):<12}{100 * column["error"]:>8.2f}   {low:>5.1f} .. {high:<5.1f}'
         f'{column.get("seconds", 0):>9.1f}   {settings}'
@@ -144,7 +127,7 @@ def format_row(key, column, dataset):
 
 
 def load_groups(paths, args):
-    """{(dataset, eps): [(checkpoint, settings, network)]} of checkpoints and runs.
+    """{(dataset, eps): {checkpoint: (settings, network)}} of checkpoints and runs.
 
     Runs that diverged, and with --ensemble those that are not finished, are named and left out.
     """
@@ -158,7 +141,7 @@ def load_groups(paths, args):
         for file in files:
             net, config = record.load_model(file, args.dataset)
             eps = config['eps'] if args.eps is None else args.eps
-            groups.setdefault((config['dataset'], eps), []).append((file, config, net))
+            groups.setdefault((config['dataset'], eps), {})[file] = config, net
     return groups
 
 
@@ -167,7 +150,7 @@ def evaluate_group(paths, dataset, eps, members, args):
 
     The members' training attack is the column PGD; where they differ in it, the paper's is.
     """
-    files, configs, nets = zip(*members)
+    files, (configs, nets) = list(members), zip(*members.values())
     digests = sorted(map(record.digest, files))
     folder = paths[0]
     if args.ensemble or not folder.is_dir():

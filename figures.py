@@ -31,11 +31,8 @@ def draw(studies, theory, out):
         while f'{stem}.png' in shown:  # of another study
             stem += '_2'
         shown[f'{stem}.png'] = f'{sentence} {about}.'
-        named = {}
-        for ax in figure.axes:
-            named |= dict(zip(*ax.get_legend_handles_labels()[::-1]))
-        if named:
-            figure.legend(named.values(), named, loc='outside right center')
+        if named := figure.axes[0].get_legend_handles_labels()[0]:
+            figure.legend(handles=named, loc='outside right center')
         figure.suptitle(textwrap.fill(about, int(9 * figure.get_figwidth())), fontsize=10)
         record.replace(out / f'{stem}.png', lambda file: figure.savefig(file, format='png'))
 
@@ -48,10 +45,9 @@ def draw(studies, theory, out):
             of = '_'.join(config[key] for key in keys)
             for name, seen, groups, panels in pictures(study):
                 if groups:
-                    figure = curves(groups, panels) if panels else planes(groups)
-                    about = f'{title(study.runs)}, {counted(groups, name)}'
+                    figure = planes(groups) if name == 'fig12' else curves(groups, panels)
                     number = name if name != 'fig2' or config['dataset'] == 'cifar10' else 'fig8'
-                    save(figure, f'{number}_{of}', seen, about)
+                    save(figure, f'{number}_{of}', seen, title(study.runs))
         if theory:
             save(figure_1(theory), 'fig1', figure_1.__doc__, 'Figure 1')
     return shown
@@ -63,13 +59,6 @@ def title(runs):
     formats = {'model': '{}', 'width': 'width {}', 'n_train': '{} images', 'dataset': '{}'}
     formats |= {'epochs': '{} epochs', 'optimizer': '{}', 'lr': 'lr {:g}', 'eps_sched': '{} eps'}
     return ', '.join(formats[k].format(shared[k]) for k in formats if shared.get(k) is not None)
-
-
-def counted(groups, name):
-    """'2 seeds', or '1 to 2 seeds' where curves are of so many each; of C.2.5 pairs."""
-    numbers, unit = [len(runs) for *_, runs in groups], 'pair' if name == 'c25' else 'seed'
-    low, high = min(numbers), max(numbers)
-    return f'{low} to ' * (low < high) + f'{high} {unit}' + 's' * (high > 1)
 
 
 def by_eps(runs, name):
@@ -98,16 +87,15 @@ def curves(groups, panels):
     panels: x label, y label, y scale, and functions of a run that give a Series over x; the second
     is drawn dashed.
     """
-    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.6 * columns + 1.8, 3 * rows + 0.4))
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    figure = Figure(figsize=(3.6 * len(panels) + 1.8, 3.4))
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (xlabel, ylabel, yscale, *lines) in zip(axes, panels):
         ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
         ax.set_xscale('log' if xlabel in ('learning rate', 'width') else 'linear')
         for (i, line), (j, (label, color, runs)) in itertools.product(
             enumerate(lines), enumerate(groups)
         ):
+            label += f', n = {len(runs)}'
             table = pd.concat(map(line, runs), axis=1).sort_index()
             look = {'color': color, 'ls': '-' if i == 0 else '--', 'label': label + ', dashed' * i}
             look |= {'marker': 'o', 'ms': 3} if len(table) < 25 else {}
@@ -129,13 +117,11 @@ def curves(groups, panels):
 
 def planes(groups):
     """Figure 12: the loss of a run at each eps in the plane of two directions, on one scale."""
-    columns = 2 if len(groups) in (2, 4) else min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    figure = Figure(figsize=(3.4 * columns + 1, 3 * rows + 0.4))
+    figure = Figure(figsize=(3.4 * len(groups) + 1, 3.4))
     points = [pd.DataFrame(own[0].surface['points']) for *_, own in groups]
     levels = np.linspace(0, max(table['loss'].max() for table in points), 25)
     for i, ((label, *_), table) in enumerate(zip(groups, points)):
-        ax = figure.add_subplot(rows, columns, i + 1)
+        ax = figure.add_subplot(1, len(groups), i + 1)
         filled = ax.tricontourf(table['a'], table['b'], table['loss'], levels=levels)
         ax.set(xlabel='a', ylabel='b', title=label.split('\n')[0])
     figure.colorbar(filled, ax=figure.axes, label=LOSS)
@@ -161,7 +147,7 @@ def trace(key, last=False):
 
 def eigenvalues(run, scaled=False):
     """Magnitudes of the eigenvalues that have converged, as they are or `scaled` by L_eps."""
-    eigen, scale = run.hessian['eigen'], run.hessian['scale']['mean'] if scaled else 1
+    eigen, scale = run.hessian['eigen'], np.mean(run.hessian['random_losses']) if scaled else 1
     values = pd.Series(eigen['values'], range(1, len(eigen['values']) + 1)).abs() / scale
     return values.where(eigen['converged'])
 
@@ -225,7 +211,7 @@ def pictures(study):
     if study.kind == 'budget':
         for name, (seen, result, *panels) in BUDGET.items():
             groups = by_eps(study.runs, result)
-            if not panels:  # planes cannot be averaged
+            if name == 'fig12':  # planes cannot be averaged
                 groups = [(label, color, own[:1]) for label, color, own in groups]
             yield name, seen, groups, panels
     elif study.kind == 'rate':
@@ -238,7 +224,7 @@ def pictures(study):
     else:
         dead = [name for name in frame if name.startswith('dead ')]
         panels = [('width', name, 'linear', operator.itemgetter(name)) for name in dead]
-        groups = by_seed(frame.assign(budget=eps), 'budget', 'width', *dead)
+        groups = by_seed(frame.assign(budget=eps), 'budget', 'width', *dead) if dead else []
         seen = 'Narrow models have more units that no image activates. No dot: not measured.'
         yield 'c24', seen, groups, panels
 

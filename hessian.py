@@ -5,10 +5,9 @@ them fixed and takes the Hessian of their mean cross-entropy with respect to all
 writes RUN/hessian*.json and, with the eigenvectors, RUN/hessian*.pt. Re-running it resumes it.
 """
 
-if __name__ == '__main__':
-    import skip
+import skip
 
-    skip.exit_if_finished()
+skip.exit_if_finished(__name__)
 
 import argparse
 import copy
@@ -117,8 +116,8 @@ def analyze(run, args):
         raise ValueError(f'--k {args.k}: {dim:,} parameters, {args.max_products} products at most')
     eps = data.show_eps(run.eps, run.metadata['dataset'])
     print(f'{path}: {dim:,} parameters, {len(run.x):,} images, eps {eps}', flush=True)
-    total = args.max_products + args.draws + args.trace + 50 * args.density
-    with record.lock(run.folder, args.wait), cli.bar(' products and draws at most', total) as bar:
+    total = args.max_products + args.trace + 50 * args.density
+    with record.lock(run.folder, args.wait), cli.bar(' products at most', total) as bar:
         result = analysis.resume(path, run.metadata | {'dim': dim}, args.device)
 
         @functools.cache
@@ -144,23 +143,17 @@ def analyze(run, args):
             vectors = {'vectors': found[1].cpu(), 'values': values, 'digest': result['digest']}
             record.save(vectors_path, vectors)
             record.save(path, result)
-        scale = result.setdefault('scale', {'losses': []})
-        for i in range(len(scale['losses']), args.draws):
-            scale['losses'].append(loss_normalizer(run, rng.fold_in(args.seed, i)))
-            scale |= {'mean': statistics.mean(scale['losses']), 'n_draws': i + 1}
-            record.save(path, result)
-            bar.update()
-        traces = result.setdefault('trace', {'estimates': []})['estimates']
-        for i in range(len(traces), args.trace):
-            traces.append(trace(matvec, dim, like=like, seed=rng.fold_in(args.seed, i)))
-            record.save(path, result)
-        probes = result.setdefault('density', {'nodes': [], 'weights': []})
-        for i in range(len(probes['nodes']), args.density):
-            probe = density(matvec, dim, like=like, seed=rng.fold_in(args.seed, i))
-            for rows, row in zip((probes['nodes'], probes['weights']), probe):
-                rows.append(row.tolist())
-            record.save(path, result)
-        record.save(path, result | {'complete': True})
+        for part, n, draw in (
+            ('random_losses', args.draws, functools.partial(loss_normalizer, run)),
+            ('traces', args.trace, functools.partial(trace, matvec, dim, like=like)),
+            ('densities', args.density, functools.partial(density, matvec, dim, like=like)),
+        ):
+            drawn = result.setdefault(part, [])
+            for i in range(len(drawn), n):
+                drawn.append(draw(seed=rng.fold_in(args.seed, i)))
+                record.save(path, result)
+        result['complete'] = True
+        record.save(path, result)
     show(result)
     return [path, vectors_path, run.metadata['checkpoint']]
 
@@ -175,16 +168,14 @@ def has_pairs(result, args):
 
 def show(result):
     """The result on the terminal."""
-    eigen, scale, traces = result['eigen'], result['scale'], result['trace']['estimates']
+    eigen, scale = result['eigen'], statistics.mean(result['random_losses'])
     table = pandas.DataFrame({key: eigen[key] for key in ('values', 'residuals', 'converged')})
-    table.insert(1, 'normalized', table['values'] / scale['mean'])
-    print(table.to_string(float_format='{:.4g}'.format))
-    print(f'{eigen["products"]} products of {eigen["solver"]}, {eigen["seconds"]:.0f} s')
+    print(table.assign(normalized=table['values'] / scale).to_string(float_format='{:.4g}'.format))
+    print(f'{eigen["products"]} products; L_eps {result["loss"]:.4g}, of random thetas {scale:.4g}')
+    if traces := result['traces']:
+        print(f'trace {statistics.mean(traces):.5g} +- {pandas.Series(traces).sem():.2g}')
     if not table['converged'].all():
         print('a pair that has not converged is no eigenpair yet: more --max-products')
-    print(f'L_eps {result["loss"]:.4g}, {scale["mean"]:.4g} for {scale["n_draws"]} random thetas')
-    if traces:
-        print(f'trace {statistics.mean(traces):.5g} +- {pandas.Series(traces).sem():.2g}')
 
 
 def main(argv=None):

@@ -3,10 +3,9 @@
 A command writes RUN/<command>*.json; given again, it resumes. Eigenvectors are hessian.py's.
 """
 
-if __name__ == '__main__':
-    import skip
+import skip
 
-    skip.exit_if_finished()
+skip.exit_if_finished(__name__)
 
 import argparse
 import math
@@ -44,7 +43,6 @@ def compute_missing(path, metadata, keys, compute, args):
     with cli.bar('points', len(missing)) as bar:
         for key in missing:
             points.append(key | compute(**key))
-            result['complete'] = key == missing[-1]
             record.save(path, result)
             bar.update()
     return result
@@ -84,6 +82,7 @@ def similarity(run, args):
     path, metadata = output(run, 'similarity', args, eigenvectors=source)
     keys = [{'direction': direction, 'a': a} for direction in directions for a in args.a]
     result = compute_missing(path, metadata, keys, compute, args)
+    record.save(path, result | {'complete': True})
     print(pandas.DataFrame(result['points']).to_string(index=False))
     return [path, run.metadata['checkpoint'], *run.folder.glob('hessian*.pt')]
 
@@ -117,6 +116,7 @@ def surface(run, args):
     ticks = [args.radius * (2 * i / max(1, args.grid - 1) - 1) for i in range(args.grid)]
     keys = [{'a': a, 'b': b} for a in ticks for b in ticks]
     result = compute_missing(path, metadata, keys, compute, args)
+    record.save(path, result | {'complete': True})
     print(pandas.DataFrame(result['points']).agg(['min', 'max']))
     return [path, run.metadata['checkpoint'], *run.folder.glob('hessian*.pt')]
 
@@ -191,7 +191,8 @@ def connect(run, args):
     table = points.groupby('path')['loss'].agg(['first', 'last', 'max'])
     table['barrier'] = table['max'] - table[['first', 'last']].max(axis=1)
     print(table)
-    record.save(path, result | {'barriers': table['barrier'].to_dict(), 'train_losses': losses})
+    result |= {'barriers': table['barrier'].to_dict(), 'train_losses': losses, 'complete': True}
+    record.save(path, result)
     return [path, path.with_suffix('.pt'), *(end.metadata['checkpoint'] for end in ends)]
 
 

@@ -117,7 +117,5 @@ MODELS = {'lenet': LeNet, 'vgg': VGG, 'resnet18': ResNet18}
 
 def build(name, dataset, width):
     """A freshly initialised network, `name` in MODELS, for the images and classes of `dataset`, a
-    `data.Dataset`. ValueError for a width below 1."""
-    if width < 1:
-        raise ValueError(f'width must be at least 1, got {width}')
+    `data.Dataset`."""
     return MODELS[name](width, dataset.channels, dataset.size, dataset.n_classes)

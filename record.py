@@ -223,20 +223,13 @@ def digest(path):
 
 def add_provenance(result, device):
     """Adds to result['provenance'] the commit, versions, device and date of this session."""
-    session = environment(device)
-    sessions = result.setdefault('provenance', [])
-    sessions += [session] * (session not in sessions)
-
-
-def environment(device):
-    """Where numbers come from: commit of the code, versions, device and date, as a dict."""
     here = pathlib.Path(__file__).parent
     command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
     commit = subprocess.run(command, text=True, capture_output=True, cwd=here).stdout.strip()
+    name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if torch.device(device).type == 'cuda':
         name = torch.cuda.get_device_name(device)
-    else:
-        name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
-    versions = {'python': platform.python_version(), 'torch': torch.__version__}
-    date = datetime.date.today().isoformat()
-    return {'commit': commit or None, **versions, 'device': name, 'date': date}
+    session = {'commit': commit, 'python': platform.python_version(), 'torch': torch.__version__}
+    session |= {'device': name, 'date': datetime.date.today().isoformat()}
+    sessions = result.setdefault('provenance', [])
+    sessions += [session] * (session not in sessions)

@@ -70,24 +70,31 @@ def make_study(kind, runs):
     ValueError names two runs that differ in what the study does not vary, or in nothing.
     """
     runs = sorted(map(copy.copy, runs), key=lambda run: (run.config['eps'], run.config['seed']))
-    first, twins = runs[0], {}
+    first, twins, ends = runs[0], {}, {run.digest for run in runs if not run.constant}
+    place = 'seed', 'eps', 'eps_sched', 'lr', 'lr_warmup', 'width'
     for run in runs:
         for name in sorted({*first.config, *run.config} - FREE - STUDIES[kind]):
             ours, theirs = run.config.get(name), first.config.get(name)
             if ours != theirs:
                 raise ValueError(f'--{kind}: {run.path} has {name} {ours}, {first.path} {theirs}')
-        twin = twins.setdefault(str([run.config[name] for name in ('seed', *STUDIES[kind])]), run)
+        twin = twins.setdefault(str([run.config[name] for name in place]), run)
         if twin is not run:
-            raise ValueError(f'--{kind}: {twin.path} and {run.path} are one and the same run')
-    for name in ANALYSES:
+            alike = data.show_settings(place, run.config)
+            raise ValueError(f'--{kind}: {twin.path} and {run.path} both have {alike}')
+        pair = {run.digest, run.connect['other']} if run.connect else set()
+        if not pair <= ends:
+            run.connect, pair = None, set()
+        ends -= pair  # pairs that share a run are not independent
+    study = SimpleNamespace(kind=kind, runs=runs, dataset=first.config['dataset'], full={})
+    paper = all(of_paper(run.config, STUDIES[kind]) for run in runs)
+    for name in (*ANALYSES, 'pgd', 'trace'):
         n = max((getattr(run, name) or {'n': 0})['n'] for run in runs)
+        study.full[name] = paper and (n >= 10000 or name == 'trace')
         for run in runs:
             if (getattr(run, name) or {'n': n})['n'] < n:
                 setattr(run, name, None)
-    study = SimpleNamespace(kind=kind, runs=runs, dataset=first.config['dataset'])
-    study.full = all(of_paper(run.config, STUDIES[kind]) for run in runs)
     study.frame = pd.DataFrame([run.config | claims.measures(run) for run in runs])
-    study.place = claims.place(first.config, study.full)
+    study.place = claims.place(first.config, paper)
     return study
 
 
@@ -114,10 +121,10 @@ def evaluated(runs):
     for run, result in [(one, result) for one in runs for result in one.evaluations]:
         config, columns = run.config, result['columns']
         attacks = {k: columns[k]['settings'] for k in columns if k not in ('clean', 'worst')}
-        own = {name: config[name] for name in config if name not in FREE | {'epochs'}}
+        own = {name: config[name] for name in config if name not in FREE}
         own |= {'test images': result['n'], 'attack seed': result['seed']}
         own |= {f'{attack.title(key)} by': attacks[key] for key in attacks}
-        own = {name: show(name, own[name], config['dataset']) for name in own}
+        own = {name: data.show(name, own[name], config['dataset']) for name in own}
         names = ['clean', *attacks] + ['worst'] * (claims.ATTACKS.keys() <= attacks.keys())
         found = {attack.title(key): 100 * columns[key]['error'] for key in names}
         full = of_paper(config) and result['n'] == result['n_test']
@@ -132,16 +139,6 @@ def evaluated(runs):
     frame = pd.DataFrame(rows.values(), columns=[*MORE, *settings, *errors])
     frame = frame.astype(dict.fromkeys(errors, float) | {'full': bool})
     return frame, list(settings), sorted(errors, key='worst case'.__eq__)
-
-
-def show(name, value, dataset):
-    """A setting as it is typed."""
-    value = data.show_setting(name, value, dataset)
-    if isinstance(value, dict):
-        return ', '.join(f'{key} {number}' for key, number in value.items())
-    if isinstance(value, list):
-        return ' + '.join(map(str, value))
-    return '—' if value is None else str(value)
 
 
 def notation(values):
@@ -222,12 +219,10 @@ def write(args, runs, studies):
     made = {f'- commit {s["commit"]}, torch {s["torch"]}, {s["device"]}\n' for s in sessions}
     with record.lock(args.out, wait=True):
         shown = figures.draw(studies, theory, args.out)
-        means = frame.groupby(settings, dropna=False)[errors].agg(['mean', 'std', 'count'])
-        means.columns = means.columns.map(' '.join)
         texts = {
             'table1.md': ''.join(itertools.starmap(markdown, numbers.items()))
             + ''.join(sorted(made)),
-            'table1.csv': means.to_csv(),
+            'table1.csv': frame.to_csv(index=False),
             'claims.md': f'{claims.RULE}\n\n' + markdown('# Claims', judged),
             'index.md': ''.join(f'- {shown[name]}\n\n  ![{name}]({name})\n' for name in shown),
         }
@@ -237,7 +232,8 @@ def write(args, runs, studies):
         if len(table := table[table['runs'] > 0] if 'runs' in table else table):
             print(f'{heading}\n{table.to_string(index=False)}\n')
     for claim, paper, smaller, *_ in judged.values:
-        print(f"{claim:<70} the paper's size: {paper}; smaller: {smaller}")
+        if paper != smaller:  # else neither was measured
+            print(f"{claim:<70} the paper's size: {paper}; smaller: {smaller}")
     print(f'written to {args.out}: {", ".join([*texts, *shown])}')
 
 

@@ -18,22 +18,21 @@ def stamp_path():
     return pathlib.Path('ckpts/.finished', f'{digest[:16]}.json')
 
 
-def state(path):
-    """Size and time of a file, None where there is none."""
-    try:
-        found = os.stat(path)
-    except FileNotFoundError:
-        return None
-    return [found.st_size, found.st_mtime_ns]
+def state(files):
+    """{file: [size, time]}."""
+    return {str(f): [os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in files}
 
 
-def exit_if_finished():
+def exit_if_finished(name):
     """Ends the process, printing what the command printed, if its result is still there."""
+    if name != '__main__':
+        return
     try:
         stamp = json.loads(stamp_path().read_text())
-    except (OSError, ValueError):  # there is none, or half of one
+        unchanged = state(stamp['files']) == stamp['files']
+    except (OSError, ValueError):  # there is none, or half of one, or a file is gone
         return
-    if all(state(path) == found for path, found in stamp['files'].items()):
+    if unchanged:
         sys.stdout.write(stamp['printed'])
         sys.exit()
 
@@ -42,8 +41,7 @@ def leave_stamp(files, printed):
     """Notes that this process's command has ended well, having printed this and left `files`."""
     path = stamp_path()
     path.parent.mkdir(parents=True, exist_ok=True)
-    stamp = {'files': {str(file): state(file) for file in files}, 'printed': printed}
-    path.write_text(json.dumps(stamp))
+    path.write_text(json.dumps({'files': state(files), 'printed': printed}))
 
 
 class Tee:

@@ -3,10 +3,9 @@
 Needs no GPU and no run; writes evals/theory.json.
 """
 
-if __name__ == '__main__':
-    import skip
+import skip
 
-    skip.exit_if_finished()
+skip.exit_if_finished(__name__)
 
 import argparse
 import math
@@ -119,7 +118,8 @@ def main(argv=None):
     theta = torch.linspace(-2, 2, 401, dtype=torch.float64)
     curves = {str(eps): adversarial_log_loss(theta, 1.0, eps)[0].tolist() for eps in (0, 0.6, 1.2)}
     result['figure_1'] = {'theta': theta.tolist(), 'curves': curves}
-    record.save('evals/theory.json', result | {'provenance': [record.environment('cpu')]})
+    record.add_provenance(result, 'cpu')
+    record.save('evals/theory.json', result)
     return ['evals/theory.json']
 
 

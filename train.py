@@ -6,10 +6,9 @@ one: every random number is a function of seed, epoch and batch. Budgets are typ
 the pixel range, 8/255 or 0.4.
 """
 
-if __name__ == '__main__':
-    import skip
+import skip
 
-    skip.exit_if_finished()
+skip.exit_if_finished(__name__)
 
 import argparse
 import itertools
@@ -242,12 +241,12 @@ def parser():
     add('--periodic', action='store_true', help='three periods: 1/2, 1/4 and 1/4 of the epochs')
     add('--periods', type=cli.count, nargs='+', metavar='EPOCHS', help='all periods: 100 50 50')
     add('--clock', choices=('epoch', 'batch'), default='epoch', help='how often lr and eps move')
-    add('--batch-size', type=cli.count, help='128')
+    add('--batch-size', type=cli.count, default=128, help='images an update')
     add('--optimizer', choices=OPTIMIZERS, help='adam for MNIST, sgd for CIFAR10')
     add('--lr', type=float, help='learning rate; 1e-4 for MNIST, 0.1 for CIFAR10')
     add('--lr-sched', choices=schedule.LR_SCHEDS, help='constant for MNIST, step for CIFAR10')
     add('--lr-warmup', type=float, default=0.0, help='share of a period in which lr rises from 0')
-    add('--momentum', type=float, help='of sgd; 0.9')
+    add('--momentum', type=float, default=0.9, help='of sgd')
     add('--weight-decay', type=float, help='0 for MNIST, 1e-3 for CIFAR10')
     add('--step-size', type=cli.budget, help='of PGD at eps; 0.01 for MNIST, eps/4 for CIFAR10')
     add('--n-iter', type=cli.count, help='of PGD; eps/0.01 + 10 for MNIST, 10 for CIFAR10')

@@ -271,7 +271,8 @@ def main(argv=None):
     cli.add_machine_flags(parser)
     args = parser.parse_args(argv)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # as train.py
-    show(', '.join(f'{name} {value}' for name, value in record.environment(args.device).items()))
+    record.add_provenance(made := {}, args.device)
+    show(', '.join(f'{name} {value}' for name, value in made['provenance'][0].items()))
     with fast.tf32(False), contextlib.redirect_stdout(io.StringIO()):
         for part in args.parts:
             PARTS[part](args)

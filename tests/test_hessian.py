@@ -197,7 +197,8 @@ def test_small_pairs_that_are_not_zero_must_converge_too():
 
 def test_a_probe_of_the_density_integrates_polynomials_exactly():
     H = symmetric(SPECTRA['negative'])
-    nodes, weights = eigen.density(lambda v: H @ v, 60, 4, like=F64, seed=3)
+    density = eigen.density(lambda v: H @ v, 60, 4, like=F64, seed=3)
+    nodes, weights = torch.tensor(density, dtype=torch.float64)
     z = rng.signs(60, F64, 3) / 60**0.5
     for power in range(8):  # below 2 x 4
         exact = z @ torch.linalg.matrix_power(H, power) @ z
@@ -272,8 +273,9 @@ def test_the_command_writes_what_it_found(run):
         assert error.item() == pytest.approx(residual, rel=0.05, abs=1e-5) and residual <= 1e-3
     assert result['loss'] == pytest.approx(F.cross_entropy(s.model(x_adv), s.y).item(), rel=1e-5)
     assert all(found['converged']) and found['products'] > 3
-    assert len(result['trace']['estimates']) == 3 and len(result['density']['nodes'][0]) == 50
-    assert len(set(result['scale']['losses'])) == 2
+    ((nodes, weights),) = result['densities']
+    assert len(result['traces']) == 3 and len(nodes) == len(weights) == 50
+    assert len(set(result['random_losses'])) == 2
 
 
 def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, products, capsys):
@@ -285,8 +287,8 @@ def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, products, 
     products.clear()
     after = compute(run, '--trace', '5', '--k', '2', '--draws', '1')
     assert len(products) == 3
-    assert all(after[part] == before[part] for part in ('eigen', 'scale', 'density'))
-    assert after['trace']['estimates'][:2] == before['trace']['estimates']
+    assert all(after[part] == before[part] for part in ('eigen', 'random_losses', 'densities'))
+    assert after['traces'][:2] == before['traces']
 
 
 def test_draws_of_theta_follow_the_initialiser_and_leave_the_model(run):

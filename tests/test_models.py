@@ -50,11 +50,6 @@ def test_lenet_pools_before_relu_to_the_same_end():
     assert torch.equal(m(x), nn.Sequential(*usual, nn.Flatten(), m.fc1, nn.ReLU(), m.fc2)(x))
 
 
-def test_a_width_of_0_is_refused():
-    with pytest.raises(ValueError, match='0'):
-        models.build('lenet', MNIST, 0)
-
-
 @pytest.mark.parametrize('k', [1, 3])
 def test_an_ensemble_is_the_log_of_the_mean_probability(k):
     members, x = [models.build('lenet', MNIST, 1) for _ in range(k)], torch.rand(4, 1, 28, 28)

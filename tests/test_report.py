@@ -55,7 +55,7 @@ def analyse(folder, gradients=(1, 1), top=1.0, n=50, cosine=(0.4, 0.8), dead=Fal
     rows = [row | {'step': step} for step, row in enumerate([half[0]] * 20 + [half[1]] * 20)]
     record.save(f'{folder}/trace.jsonl', rows)
     eigen = {'values': [top, -0.5], 'converged': [True, True]}
-    hessian = {'loss': 0.25, 'robust_error': 0.125, 'scale': {'mean': scale}, 'eigen': eigen}
+    hessian = {'loss': 0.25, 'robust_error': 0.125, 'random_losses': [scale], 'eigen': eigen}
     record.save(f'{folder}/hessian.json', head | hessian)
     cosines = (('eigenvector', cosine[0]), ('random', cosine[1]))
     points = [{'direction': name, 'a': 0.1, 'cosine': value} for name, value in cosines]
@@ -151,7 +151,7 @@ def test_settings_that_differ_are_columns_and_the_others_are_said_once(tmp_path,
     text = (tmp_path / 'out/table1.md').read_text()
     assert text.count('batch_size') == text.count('batch_size 128, ') == 1
     rows = list(csv.DictReader((tmp_path / 'out/table1.csv').open()))
-    assert len(rows) == 2 and rows[0]['beta'] == '6.0' and float(rows[0]['clean mean']) == 41
+    assert len(rows) == 3 and rows[1]['beta'] == '6.0' and float(rows[1]['clean']) == 42
 
 
 @pytest.mark.parametrize('change', [{'n': 1000}, {'settings': FEW}])
@@ -212,5 +212,5 @@ def test_a_study_refuses_runs_that_differ_in_more_than_it_varies(tmp_path, kind,
     with pytest.raises(ValueError, match=f'--{kind}: .*b has {name} {value}, .*a '):
         reported(tmp_path / 'out', f'--{kind}', *runs)
     twin = make_run(tmp_path / 'c', '--trace 5')
-    with pytest.raises(ValueError, match='a and .*c are one and the same run'):
+    with pytest.raises(ValueError, match='a and .*c both have --seed 0 --eps '):
         reported(tmp_path / 'out', f'--{kind}', runs[0], twin)
