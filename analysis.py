@@ -47,7 +47,7 @@ def load_run(path, args):
 def add_flags(parser):
     """The flags that say on which images, at which budget, and where to compute."""
     add = parser.add_argument
-    add('--n-examples', type=cli.count, help='so many of the images, drawn once and for all; all')
+    add('--n-examples', type=cli.count, help='number of images, a fixed random subset; all')
     add('--eps', type=cli.budget, help="the run's; the paper's for a checkpoint outside of a run")
     add('--dataset', choices=data.DATASETS, help='of a checkpoint outside of a run; by its shape')
     add('--seed', type=int, default=0, help='of attacks and random vectors')
@@ -56,8 +56,9 @@ def add_flags(parser):
 
 
 def recompute_bn(run, **pgd):
-    """Gives run.model the BatchNorm statistics of adversarial examples, as training would: these
-    are made under those of the clean images. Means over equal parts of some 250 images."""
+    """Gives run.model the BatchNorm statistics of adversarial examples, as training would: the
+    examples are made under the statistics of the clean images. Means over equal parts of some 250
+    images."""
     model, n_parts = run.model, math.ceil(len(run.x) / 250)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
         update_bn(run.x.tensor_split(n_parts), model)
@@ -95,7 +96,8 @@ def resume(path, metadata, device):
 
 def eigenvectors(run, k):
     """The top k eigenvectors of the run's Hessian, (k, dim), and a line on where they are from: of
-    hessian.py's results at this eps, a converged one, of most images. ValueError without any."""
+    hessian.py's results at this eps, converged ones preferred, then those of more images.
+    ValueError without any."""
     found = []
     for path in run.folder.glob('hessian*.json'):
         result = record.load(path)

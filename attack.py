@@ -146,7 +146,7 @@ def run_in_full_batches(waiting, batch_size, start, advance, finish):
     """Searches for many images, in batches that are kept full: those that are done make room.
 
     `waiting` are the places of the images, (N,). start(rows) is the state of the search for these
-    images, a namespace of tensors, an entry an image. advance(state) takes some steps and says
+    images, a namespace of tensors, one entry per image. advance(state) takes some steps and says
     which images are done, (n,) bool. finish(state) of these returns the rows that start anew.
     """
     state = start(waiting[:0])
@@ -172,8 +172,8 @@ def take(state, mask):
 def apgd_start(x, y, rows, noise, eps):
     """The state of APGD of each image at its start, drawn with `noise` in [0, 1).
 
-    `rows` are the places of the images. No loss is known yet: none rises above infinity, and each
-    is better than -infinity.
+    `rows` are the places of the images. The last loss is +inf, so that the first step counts as no
+    rise, and the best is -inf, so that any loss replaces it.
     """
     low, high = box(x, eps)
     noise = 2 * noise - 1
@@ -239,8 +239,8 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
 
     It starts from vertical stripes of +-eps (the first query). Each further query sets a window, at
     a random place and of a size that shrinks on a schedule (`square_side`), to +-eps in each
-    channel, and is kept if the margin falls. An image misclassified from the start stays as it is;
-    one that comes to be is done.
+    channel, and is kept if the margin falls. An image that is misclassified from the start stays as
+    it is; one that becomes misclassified is finished.
     """
     if not 0 < p_init <= 1:
         raise ValueError(f'square: p_init must be above 0 and at most 1, got {p_init}')
@@ -302,7 +302,7 @@ def window_mask(u, side, size):
     return (place >= 0) & (place < side[:, None])
 
 
-# The attacks of Table 1. What is open in them belongs to the run: eps, and the steps of PGD.
+# The attacks of Table 1. Parameters left open come from the run: eps, and the steps of PGD.
 ATTACKS = {
     'pgd': pgd,
     'pgd100': functools.partial(pgd, n_iter=100),

@@ -14,9 +14,9 @@ import attack
 import data
 
 RULE = """Seeds are paired. With n >= 2 of them a claim holds if the 95 % t-interval of its value is
-above 0, does not hold if it is below, and is inconclusive otherwise. Counts have no interval: all
-seeds of at least 3 must agree. *Baseline untrained*: what the claim compares with is a constant
-classifier. A dash: not measured."""
+entirely above 0, does not hold if it is entirely below, and is inconclusive otherwise. Counts have
+no interval: all seeds of at least 3 must agree. *Baseline untrained*: what the claim compares with
+is a constant classifier. A dash: not measured."""
 
 # the columns of Table 1, with what else is known of them than the attack of training
 APGD = {'n_iter': 100, 'n_restarts': 5}
@@ -56,12 +56,12 @@ CLAIMS = {
 
 
 def finding(claim, full, place, values, unit='seed', untrained=0, count=False):
-    """What independent `values`, one a `unit`, say of a claim at a place, as one of FIELDS each; of
+    """What independent `values`, one a `unit`, say of a claim at a place, as a tuple of FIELDS; for
     `untrained` of them the baseline is a constant classifier. A `count` has no interval."""
     n, mean, low, high = len(values), np.mean(values), np.nan, np.nan
     if count and n >= 3:
         low, high = min(values), max(values) - 0.5  # none above 0: does not hold
-    elif not count and n >= 2 and np.ptp(values):  # equal values, of few images, deceive
+    elif not count and n >= 2 and np.ptp(values):  # equal values would give an interval of width 0
         low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
     verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'inconclusive'
     ours = f'{mean:.3g}' if np.isnan(low) else f'{mean:.3g} ({low:.3g} to {high:.3g})'
@@ -128,8 +128,8 @@ def place(config, full):
 
 
 def by_seed(frame, column, value):
-    """The numbers `value` as a frame: a row a seed, a column for each of `column` all seeds have;
-    if these are less than two, only seeds that have most."""
+    """The numbers `value` as a frame: a row per seed, a column per value of `column` that
+    all seeds have; if fewer than two are shared, of the seeds with the most values alone."""
     rows = frame.reindex(columns=['seed', column, value]).dropna()
     table = rows.pivot(index='seed', columns=column, values=value)
     n = table.count(axis=1)

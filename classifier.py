@@ -1,4 +1,4 @@
-"""What attacks and analyses ask of a classifier: its predictions, losses and gradients.
+"""Predictions, losses and gradients of a classifier.
 
 A model maps images, (N, C, H, W), to logits, (N, n_classes). It runs in eval mode with frozen
 parameters and is left as it was found.

@@ -25,16 +25,16 @@ def budget(text):
     try:
         value = float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f'{text!r} is no number such as 8/255 or 0.4') from None
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number such as 8/255 or 0.4') from None
     if not abs(value) <= 2:
-        raise argparse.ArgumentTypeError(f'{text} is no share of [0, 1]: did you mean {text}/255?')
+        raise argparse.ArgumentTypeError(f'{text} is not in [0, 1]: did you mean {text}/255?')
     return value
 
 
 def count(text):
     """A type for argparse: a whole number, at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is no whole number of at least 1')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
 
 
@@ -54,7 +54,7 @@ def add_machine_flags(parser):
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--device', type=device, default=default, help='cuda if there is one')
     add('--data-dir', default='data', help='folder of <dataset>.npz and downloads')
-    add('--wait', action='store_true', help='wait for a folder that another process has in use')
+    add('--wait', action='store_true', help='wait while another process uses the folder')
 
 
 class Lines:

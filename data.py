@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Dataset:
-    """Everything that a dataset is here."""
+    """A dataset: shape, classes, where it is from, and the paper's settings for it."""
 
     channels: int
     size: int  # height and width

@@ -17,7 +17,7 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
     (k, dim), their largest entries positive, of the dtype and on the device of `like`; relative
     residuals ||H v - lambda v|| / |lambda|, (k,); and which pairs have converged, (k,): residuals
     are at most `tol`, or the eigenvalue is zero but for rounding. It ends when all have, or after
-    `max_products` (15 k unless given), whose directions it keeps.
+    `max_products` (15 k unless given), whose vectors it keeps.
 
     Lanczos' method may miss copies of a multiple eigenvalue. So when all have converged, `checks`
     products go to a new random direction: what is missing appears there, and the search resumes.
@@ -92,9 +92,9 @@ def density(matvec, dim, steps=50, *, like=F32, seed=0):
 class Krylov:
     """An orthonormal basis V, (steps, dim), of a Krylov space of a symmetric matrix H; T = V H V'.
 
-    Lanczos' method with full orthogonalisation, a product a step. What a product leaves outside of
-    the basis waits in `rest` to become a direction, after the number of the one multiplied; the
-    residuals of Ritz pairs follow from it without further products.
+    Lanczos' method with full orthogonalisation, a product a step. `rest` holds (index of a basis
+    vector, remainder of its product outside of the basis); remainders become the next basis
+    vectors, and the residuals of Ritz pairs follow from them without further products.
     """
 
     def __init__(self, matvec, start, steps, seed):
@@ -107,8 +107,8 @@ class Krylov:
         return self.orthogonalize(rng.unit_vector(len(like), like, self.seed, 1, self.size))[0]
 
     def step(self, latest=False):
-        """Adds to the basis the direction that waits longest, or the latest; where it is but
-        rounding a random one."""
+        """Adds the oldest (or latest) remainder to the basis, or a random direction where it is
+        only rounding error."""
         _, q = self.rest.pop(-1 if latest else 0)
         if norm(q) <= rounding(self.T, q.dtype):
             q = self.random()
@@ -159,7 +159,7 @@ def converged(values, norms, tol, dtype):
 
 
 def rounding(values, dtype):
-    """What products of a matrix with these eigenvalues may be off by: some 40 eps were measured."""
+    """What products of a matrix with these eigenvalues may be off by: we measured about 40 eps."""
     return 64 * torch.finfo(dtype).eps * values.abs().max().item()
 
 

@@ -39,8 +39,8 @@ def evaluate(model, x, y, e, args):
 
     x, (N, C, H, W), and y are images and labels, e.index their dataset indices, which seed each
     image's random numbers. e.robust[key] is an (N,) bool array, e.result['columns'][key] its
-    summary. With args.worst the attacks form a cascade: each gets only what stands after those
-    before it, and its column is the error after all of them.
+    summary. With args.worst each attack gets only the images that all earlier attacks left
+    correct, and its column is the cumulative error.
     """
     columns, dataset, began = e.result['columns'], e.result['dataset'], time.monotonic()
     if 'clean' not in columns:
@@ -195,7 +195,7 @@ def main(argv=None):
     ]
     files = [file for group in groups for file in evaluate_group(*group, args)]
     files += [run / 'diverged.json' for run in runs if (run / 'diverged.json').exists()]
-    # a folder may come to hold more runs, one that was left out may come to be finished
+    # else the command is never done: the folder may gain runs, and excluded runs may finish
     if {*map(pathlib.Path, named)} <= {*files, *(file.parent for file in files)}:
         return files
 
@@ -211,8 +211,8 @@ def parse(argv):
     add(
         '--worst',
         action='store_true',
-        help='only the worst case, at less cost: an attack gets '
-        'what stands after those before it, its error is that after all of them; into worst.json',
+        help='only the worst case, at less cost: each attack gets the images that '
+        'withstood the earlier ones, columns are cumulative; into worst.json',
     )
     analysis.add_flags(p)
     args = p.parse_args(argv)

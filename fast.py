@@ -69,7 +69,7 @@ def fold(model):
     network = torch.fx.GraphModule(root, tracer.trace(root))
     nodes = [node for node in network.graph.nodes if node.op == 'call_module']
     modules = [network.get_submodule(node.target) for node in nodes]
-    calls = {  # of modules that can be replaced: called once, and not watched
+    calls = {  # of modules that can be replaced: called once, and without hooks
         node: module
         for node, module in zip(nodes, modules)
         if modules.count(module) == 1 and not (module._forward_hooks or module._forward_pre_hooks)
@@ -94,8 +94,8 @@ def fold(model):
 class Convolution(nn.Module):
     """A copy of a convolution, with a bias, without gradients for parameters; laid out to be fast.
 
-    That is channels_last, but contiguous on a CPU for 256 channels and more, whose maps are small.
-    The gradient for images of up to 3 channels is `ImageGradient` there.
+    That is channels_last, but contiguous on a CPU for 256 channels and more, whose feature maps are
+    small. The gradient for images of up to 3 channels is `ImageGradient` there.
     """
 
     def __init__(self, conv):

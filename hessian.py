@@ -175,7 +175,7 @@ def show(result):
     if traces := result['traces']:
         print(f'trace {statistics.mean(traces):.5g} +- {pandas.Series(traces).sem():.2g}')
     if not table['converged'].all():
-        print('a pair that has not converged is no eigenpair yet: more --max-products')
+        print('pairs that have not converged are not eigenpairs; raise --max-products')
 
 
 def main(argv=None):
@@ -191,7 +191,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
     add('runs', nargs='+', metavar='RUN', help='run folders (their last model) or checkpoints')
-    add('--k', type=cli.count, default=20, help='so many eigenpairs')
+    add('--k', type=cli.count, default=20, help='number of eigenpairs')
     add('--solver', choices=SOLVERS, default='lanczos', help="power: the paper's, 15 x the cost")
     add('--tol', type=float, default=1e-3, help='relative residual at which a pair has converged')
     add('--max-products', type=cli.count, help='lanczos keeps a vector for each; 15 k, power: 50 k')

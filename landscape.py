@@ -198,7 +198,8 @@ def connect(run, args):
 
 def dead_units(model, x, batch_size=250):
     """The model's classes of x, and which units of each ReLU, (units,) bool, no image activates:
-    channels anywhere, or neurons. A ReLU has the name of the layer whose parameters it follows."""
+    channels anywhere, or neurons. Each ReLU is named after the last
+    layer with parameters before it."""
     names = {p: name.rpartition('.')[0] or 'input' for name, p in model.named_parameters()}
     active, last = {}, 'input'
 

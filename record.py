@@ -31,7 +31,7 @@ def replace(path, write):
     """Calls write(file) on a new binary file, then puts it at `path` in one step, safe on disk."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')  # a folder is written by who holds its lock
+    temporary = path.with_name(f'.{path.name}.tmp')  # who writes here holds the folder's lock
     try:
         with open(temporary, 'wb') as file:
             write(file)
@@ -81,8 +81,8 @@ def load(path):
 
 @contextlib.contextmanager
 def lock(folder, wait=False):
-    """Inside, `folder` (made if missing) is this process's; ValueError where another one has it,
-    unless `wait`. The operating system releases the lock when its owner ends, however it does."""
+    """Holds `folder`, created if missing, for this process; ValueError if another process holds it,
+    unless `wait`. The lock is released when its holder ends, even by SIGKILL."""
     path = pathlib.Path(folder) / '.lock'
     path.parent.mkdir(parents=True, exist_ok=True)
     folder_lock = filelock.FileLock(path)
@@ -99,8 +99,8 @@ def lock(folder, wait=False):
 
 
 def start(folder, config, defaults, device):
-    """Begins the run in `folder`, or resumes it if `config` (setting -> value) is what it began
-    with; a setting that its config.json lacks counts as in `defaults`.
+    """Begins the run in `folder`, or resumes it if it was begun with the same `config`; settings
+    that are missing from its config.json take their `defaults`.
 
     Returns the state in last.pt, None at the beginning. ValueError names the settings that differ
     or the files that are missing.
@@ -134,7 +134,7 @@ def load_config(folder):
     """The config.json of the run in `folder`; ValueError if there is none."""
     path = pathlib.Path(folder) / 'config.json'
     if not path.exists():
-        raise ValueError(f'{folder} is no run: it has no config.json')
+        raise ValueError(f'{folder} is not a run: it has no config.json')
     return load(path)
 
 
@@ -158,7 +158,7 @@ class Unfinished(ValueError):
 
 
 def find_runs(paths):
-    """`paths`, a folder that is no run replaced by the runs below it, at any depth."""
+    """The runs and checkpoints among `paths`, and all runs below a folder that is not a run."""
     found = []
     for path in map(pathlib.Path, paths):
         is_run = not path.is_dir() or (path / 'config.json').exists()

@@ -24,7 +24,7 @@ import figures
 import record
 import train
 
-FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # change what is seen of a run, or its luck
+FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # logging, and the luck of the draw
 STUDIES = {  # what varies in a study
     'budget': {'eps', 'eps_max', 'step_size', 'n_iter'},
     'rate': {'lr', 'lr_warmup', 'eps_sched', 'eps_max'},
@@ -35,8 +35,8 @@ MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes'  # about an ev
 
 
 def read(folder, defaults):
-    """The run in `folder` with what was computed of most images from its last model at its own eps,
-    None or [] where nothing was. ValueError where a file is damaged."""
+    """The run in `folder` and of each analysis the result on the most images for its last model
+    and its eps, None or [] where there is none. ValueError where a file is damaged."""
     config, finished = defaults | record.load_config(folder), record.finished(folder)
     digests = [record.digest(file) for file in record.period_files(folder, config) if finished]
     own = {'eps': config['eps'], 'digest': (digests or [None])[-1], 'complete': True}

@@ -1,4 +1,4 @@
-"""Random numbers that depend on what they are for, and not on batch, order or device.
+"""Random numbers as a function of purpose, seed and image, not of batch, order or device.
 
 They are counter-based (Salmon et al. 2011): SplitMix64 (Steele et al. 2014) is evaluated at a key.
 """

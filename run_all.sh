@@ -9,12 +9,12 @@
 # at once; --shard I/N takes every N-th job from the I-th on; flags behind -- go to every train.py;
 # only the parts named are run: table1, budget (Figures 2, 3, 4, 8, 11, 12), rate (Figure 5, C.2.3),
 # width (C.2.4), connect (C.2.5), theory (Figure 1); fig5, c24 and so on name them, too.
-# SEEDS="0 1 2" are run (--quick: "0 1"; connect takes them two and two), JOBS=1 at once (--small,
+# SEEDS="0 1 2" are run (--quick: "0 1"; connect pairs them), JOBS=1 at once (--small,
 # --quick: one per core). DATA_DIR=data holds mnist.npz and cifar10.npz. PYTHON=python3 is used if
 # it has the packages, else a .venv is made. The same command resumes; finished work is skipped.
 set -euo pipefail
 
-# The table. A row is EXPERIMENT:TASK:SCHEDULE:EPS:LR:WIDTH[:SEED]; its cost stands behind it. A
+# The table. A row is EXPERIMENT:TASK:SCHEDULE:EPS:LR:WIDTH[:SEED]; its cost is in the comment. A
 # task is DATASET_MODEL and holds further flags of train.py, whose defaults are the paper's. With
 # tenths=80, PGD's step size is an eighth of eps: 3/80 for 0.3.
 paper() {  # cost: minutes of an H100, by arithmetic
@@ -138,7 +138,7 @@ main() {
     [[ $size != quick ]] || seeds='0 1'
     shared="$data --wait${cpu:+ --device cpu}" seeds=${SEEDS:-$seeds} first=${seeds%% *}
     : "${parts:=table1 budget rate width connect theory}"
-    [[ $seeds =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "SEEDS=\"$seeds\" is no list such as \"0 1 2\""
+    [[ $seeds =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "SEEDS=\"$seeds\" is not a list such as \"0 1 2\""
     "$size" && plan
     [[ ${#jobs[@]} -gt 0 ]] || { echo 'no job is of this part, SEEDS and shard' && exit; }
     check="-c 'import train; train.settings(train.parser().parse_args())'" line=${line%% && *}

@@ -38,7 +38,7 @@ def exit_if_finished(name):
 
 
 def leave_stamp(files, printed):
-    """Notes that this process's command has ended well, having printed this and left `files`."""
+    """Records that this command succeeded, what it printed, and the `files` of its result."""
     path = stamp_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({'files': state(files), 'printed': printed}))

@@ -112,7 +112,7 @@ def validate(model, x, y, index, c):
 
 def train(c, state, folder, args):
     """Trains the run in `folder` from `state` on, what record.start returned: to the end, for
-    args.minutes, or until the loss is not finite, which diverged.json then says."""
+    args.minutes, or until the loss is not finite, which is recorded in diverged.json."""
     began, device = time.monotonic(), args.device
     x, y, x_test, y_test = data.load(c.dataset, args.data_dir, device)
     rows, index = data.subset(len(x), c.n_train), data.subset(len(x_test), c.n_eval)
@@ -206,7 +206,7 @@ def settings(args):
     if not c.periods:
         c.periods = schedule.thirds(c.epochs) if args.periodic else [c.epochs]
     elif args.periodic or args.epochs not in (None, sum(c.periods)):
-        raise ValueError('--periods says all about the epochs; leave out --periodic and --epochs')
+        raise ValueError('--periods already sets the epochs; leave out --periodic and --epochs')
     c.epochs = sum(c.periods)
     allowed = {
         'eps': 0 <= c.eps <= 1,
@@ -235,8 +235,8 @@ def parser():
     )
     add('--eps', type=cli.budget, help='target budget; 0.4 for MNIST, 8/255 for CIFAR10')
     add('--eps-sched', choices=schedule.EPS_SCHEDS, default='constant', help='ramp (Eq. 5)')
-    add('--eps-min', type=cli.budget, default=0.0, help='where the ramp begins; cut to [0, eps]')
-    add('--eps-max', type=cli.budget, help='its end, likewise; 2 eps, 1.5 eps for cosine on MNIST')
+    add('--eps-min', type=cli.budget, default=0.0, help='start of the ramp, clipped to [0, eps]')
+    add('--eps-max', type=cli.budget, help='its end; 2 eps, 1.5 eps for cosine on MNIST')
     add('--epochs', type=cli.count, help='100 for MNIST, 200 for CIFAR10')
     add('--periodic', action='store_true', help='three periods: 1/2, 1/4 and 1/4 of the epochs')
     add('--periods', type=cli.count, nargs='+', metavar='EPOCHS', help='all periods: 100 50 50')

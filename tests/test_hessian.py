@@ -281,7 +281,7 @@ def test_the_command_writes_what_it_found(run):
 def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, products, capsys):
     first = compute(run, '--max-products', '4')['eigen']
     assert first['products'] == 4 and not all(first['converged'])
-    assert 'more --max-products' in capsys.readouterr().out
+    assert 'raise --max-products' in capsys.readouterr().out
     before = compute(run, '--trace', '2', '--density', '1')
     assert all(before['eigen']['converged'])
     products.clear()

@@ -235,8 +235,8 @@ def test_the_budget_0_is_clean_training(tiny, tmp_path):
 @pytest.mark.parametrize(
     'flags, message',
     [
-        ('--eps 8', '--eps: 8 is no share .* did you mean 8/255'),
-        ('--eps nan', '--eps: nan is no share'),
+        ('--eps 8', '--eps: 8 is not in .* did you mean 8/255'),
+        ('--eps nan', '--eps: nan is not in'),
         ('--periods 4 -1', "--periods: '-1'"),
         ('--width 1.5', "--width: '1.5'"),
         ('--batch-size 0', "--batch-size: '0'"),
