@@ -106,6 +106,7 @@ def curves(groups, panels):
             if len(runs) < 3:
                 for _, series in table.items():
                     ax.plot(series.dropna(), **look)
+                    look['label'] = None  # the legend has it already
             else:
                 values, back = (np.log(table), np.exp) if yscale == 'log' else (table, np.array)
                 mean, half = values.mean(axis=1), values.std(axis=1)

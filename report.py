@@ -6,6 +6,10 @@ which says what each picture shows, table1.md and .csv, and claims.md. Over seed
 and deviation: 8.58(89) is 8.58 +- 0.89.
 """
 
+import skip
+
+skip.exit_if_finished(__name__)
+
 import argparse
 import copy
 import itertools
@@ -206,7 +210,8 @@ def markdown(heading, frame):
 
 
 def write(args, runs, studies):
-    """Writes all that `runs` and `studies` suffice for, and shows the tables and the verdicts."""
+    """Writes all that `runs` and `studies` suffice for, and shows the tables and the verdicts;
+    returns the files."""
     theory = record.load(args.theory) if args.theory.exists() else {}
     frame, settings, errors = evaluated(runs)
     found = [*claims.of_table(frame, settings), *claims.of_theory(theory)]
@@ -235,6 +240,7 @@ def write(args, runs, studies):
         if paper != smaller:  # else neither was measured
             print(f"{claim:<70} the paper's size: {paper}; smaller: {smaller}")
     print(f'written to {args.out}: {", ".join([*texts, *shown])}')
+    return [args.out / name for name in (*texts, *shown)]
 
 
 def main(argv=None):
@@ -260,15 +266,20 @@ def main(argv=None):
                     damaged.append(f'{path} is left out: {error}')
         return [runs[path] for path in paths if runs[path]]
 
-    load(args.runs or pathlib.Path().glob('ckpts'))
+    named = args.runs or list(pathlib.Path().glob('ckpts'))
+    load(named)
     groups = [(kind, load(paths)) for kind in STUDIES for paths in getattr(args, kind)]
     studies = [make_study(kind, group) for kind, group in groups if group]
     runs = list(filter(None, runs.values()))
     if not runs and (args.out / 'table1.md').exists():
         raise ValueError(f'there is no run to report on; {args.out} stays as it is')
-    write(args, runs, studies)
+    files = write(args, runs, studies)
     if damaged:
         sys.exit('\n'.join(f'error: {line}' for line in damaged))
+    # a folder's time changes with the files in it; what is reported also depends on the code
+    below = [path for root in (*named, 'evals') for path in pathlib.Path(root).rglob('[!.]*')]
+    folders = [*named, *(path for path in below if path.is_dir()), *(run.path for run in runs)]
+    return [*files, *folders, *pathlib.Path(__file__).parent.glob('*.py')]
 
 
 if __name__ == '__main__':
