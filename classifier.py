@@ -21,6 +21,9 @@ class NotFiniteError(ValueError):
 @contextlib.contextmanager
 def frozen(model):
     """Inside, `model` is in eval mode, its parameters need no gradient; after, all is as it was."""
+    if not isinstance(model, torch.nn.Module):  # a plain function, taken as it is
+        yield
+        return
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -33,15 +36,32 @@ def frozen(model):
             parameter.requires_grad_(requires_grad)
 
 
+def logits_of(model, x):
+    """The logits of x, (N, K), in the precision of x, but never in half precision."""
+    return model(x).to(torch.promote_types(x.dtype, torch.float32))
+
+
 def predict(model, x, batch_size=250):
     """The classes that the model, in eval mode, predicts for x: (N,) int64."""
     classes = torch.empty(len(x), dtype=torch.long, device=x.device)
     with frozen(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
-            logits = model(x[i : i + batch_size])
-            check_not_nan(logits.sum())
+            logits = logits_of(model, x[i : i + batch_size])
+            refuse_nan(has_nan(logits))
             classes[i : i + batch_size] = logits.argmax(1)
     return classes
+
+
+def wrong_classes(model, x, y, k, batch_size=250):
+    """The k most likely wrong classes of each image, the likeliest first: (N, k) int64; all where
+    there are fewer. The model is in eval mode."""
+    found = []
+    for images, labels in zip(x.split(batch_size), y.split(batch_size)):
+        logits = logits_of(model, images)
+        refuse_nan(has_nan(logits))
+        logits = logits.scatter(1, labels[:, None], -math.inf)
+        found.append(logits.topk(min(k, logits.shape[1] - 1)).indices)
+    return torch.cat(found) if found else y.new_zeros(0, k)
 
 
 def correct(model, x, y, batch_size=250):
@@ -57,8 +77,8 @@ def mean_loss(model, x, y, batch_size=250):
     loss, errors = x.new_zeros((), dtype=torch.float64), 0
     with frozen(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
-            logits, labels = model(x[i : i + batch_size]), y[i : i + batch_size]
-            check_not_nan(logits.sum())
+            logits, labels = logits_of(model, x[i : i + batch_size]), y[i : i + batch_size]
+            refuse_nan(has_nan(logits))
             loss += cross_entropy(logits, labels).sum()
             errors += (logits.argmax(1) != labels).sum()
     return loss.item() / len(x), errors.item() / len(x)
@@ -68,7 +88,7 @@ def loss_and_gradient(model, x, y, criterion):
     """Losses, (N,), logits and gradient of each loss with respect to its image; nothing else."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
-        logits = model(x)
+        logits = logits_of(model, x)
         loss = criterion(logits, y)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), logits.detach(), gradient
@@ -92,10 +112,31 @@ def dlr(logits, y):
     return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+def targeted_dlr(logits, y, target):
+    """Targeted DLR, -(z_y - z_target) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), (N,)
+    (Croce & Hein 2020); at least 4 classes."""
+    if logits.shape[1] < 4:
+        raise ValueError(f'targeted dlr needs at least 4 classes, got {logits.shape[1]}')
+    top = logits.topk(4, 1).values
+    z_y, z_target = (logits.gather(1, classes[:, None]).squeeze(1) for classes in (y, target))
+    return -(z_y - z_target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
 LOSSES = {'ce': cross_entropy, 'dlr': dlr}
 
 
-def check_not_nan(total):
-    """NotFiniteError if `total`, a sum over what the model returned, is nan."""
-    if total.isnan():
-        raise NotFiniteError('the logits of the model are nan')
+def flag(x):
+    """A bool, (), on the device of x, to be raised by `has_nan`."""
+    return torch.zeros((), dtype=torch.bool, device=x.device)
+
+
+def has_nan(*tensors):
+    """Whether one of them holds a nan: (), bool, for which nothing waits."""
+    return torch.stack([tensor.isnan().any() for tensor in tensors]).any()
+
+
+def refuse_nan(found):
+    """NotFiniteError if `found`, what `has_nan` said of logits, losses or gradients. A gradient
+    that is nan has sign 0, so that a broken model would look robust."""
+    if found:
+        raise NotFiniteError('the logits of the model, or the gradients of its loss, are nan')

@@ -29,6 +29,7 @@ import attack
 import cli
 import data
 import fast
+import masking
 import models
 import record
 from classifier import correct
@@ -39,22 +40,21 @@ def evaluate(model, x, y, e, args):
 
     x, (N, C, H, W), and y are images and labels, e.index their dataset indices, which seed each
     image's random numbers. e.robust[key] is an (N,) bool array, e.result['columns'][key] its
-    summary. With args.worst each attack gets only the images that all earlier attacks left
-    correct, and its column is the cumulative error.
+    summary. In a cascade each attack gets only the images that all earlier ones left correct, and
+    its column is the cumulative error.
     """
     columns, dataset, began = e.result['columns'], e.result['dataset'], time.monotonic()
     if 'clean' not in columns:
         keep(e, 'clean', correct(model, x, y, args.batch_size), began)
     print(format_row('clean', columns['clean'], dataset))
-    for key in args.attacks:
-        run_attack = e.attacks[key]
+    for key, run_attack in e.attacks.items():
         settings, began = dict(run_attack.keywords), time.monotonic()
         if key not in columns or not settings.items() <= columns[key]['settings'].items():
             e.robust.pop(key, None)
-            before = list(e.robust) if args.worst else ['clean']
+            before = list(e.robust) if e.cascade else ['clean']
             standing = np.logical_and.reduce([e.robust[name] for name in before])
             standing = torch.from_numpy(standing.nonzero()[0])
-            if args.worst:
+            if e.cascade:
                 settings |= {'after': '+'.join(before), 'attacked': len(standing)}
             options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
             options['batch_size'] = args.batch_size
@@ -65,6 +65,12 @@ def evaluate(model, x, y, e, args):
             keep(e, key, robust, began, settings=settings)
         print(format_row(key, columns[key], dataset))
     print(format_row('worst', columns['worst'], dataset))
+    if args.standard:
+        print(f"AutoAttack's robust accuracy: {100 * (1 - columns['worst']['error']):.2f} %")
+    e.result['warnings'] = masking.signs(model, x, y, e.robust, args.batch_size)
+    for sentence in e.result['warnings'].values():
+        print(f'warning: {sentence}')
+    record.save(e.json, e.result)
 
 
 def keep(e, key, robust, began, **settings):
@@ -83,6 +89,7 @@ def keep(e, key, robust, began, **settings):
 def progress(model, settings, n):
     """Inside, images that pass through `model` move a bar; its end is the most an attack needs."""
     passes = settings.get('n_queries') or settings.get('n_iter', 1) * settings.get('n_restarts', 1)
+    passes *= 2 * settings['n_targets'] if 'n_targets' in settings else 1  # FAB passes all twice
     with cli.bar(' images at most', passes * n) as bar:
 
         def count(module, x, output):  # returns None: anything else would replace the output
@@ -95,13 +102,13 @@ def progress(model, settings, n):
             hook.remove()
 
 
-def attacks_of(config, eps):
-    """key -> a partial of the attack; its keywords are its settings but for eps. An attack without
+def attacks_of(table, config, eps):
+    """A `table` of attacks as partials whose keywords are all settings but eps. An attack without
     n_iter is that of training (data.pgd_settings); one without step_size has the paper's."""
     training = data.pgd_settings(config, eps)
     paper = {'step_size': data.DATASETS[config['dataset']].settings(eps)['pgd100_step_size']}
     attacks = {}
-    for key, run_attack in attack.ATTACKS.items():
+    for key, run_attack in table.items():
         parameters = inspect.signature(run_attack).parameters.values()
         unset = [p.name for p in parameters if p.default is p.empty]
         steps = training if 'n_iter' in unset else paper if 'step_size' in unset else {}
@@ -160,18 +167,22 @@ def evaluate_group(paths, dataset, eps, members, args):
     index = data.subset(len(x), args.n_examples)
     metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}
     metadata |= {'eps': eps, 'seed': args.seed, 'n': len(index), 'n_test': len(x)}
+    metadata |= {'standard': True} if args.standard else {}
     paper = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
     alike = len({str(data.pgd_settings(config, eps)) for config in configs}) == 1
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
     model = model.to(args.device, memory_format=torch.channels_last)
-    attacks = attacks_of(configs[0] if alike else paper, eps)
+    table = attack.STANDARD if args.standard else {k: attack.ATTACKS[k] for k in args.attacks}
+    attacks = attacks_of(table, configs[0] if alike else paper, eps)
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks)
-    e.json = analysis.output(e, 'worst' if args.worst else 'evaluate', args)
+    e.cascade = args.worst or args.standard
+    stem = 'worst' if args.worst else 'evaluate_standard' if args.standard else 'evaluate'
+    e.json = analysis.output(e, stem, args)
     e.npz = e.json.with_suffix('.npz')
     print(
         f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
         f'{dataset}, eps {data.show_eps(eps, dataset)}, seed {args.seed}\n'
-        f'  {"":<12}{"so far %" if args.worst else "error %":>8}   {"95 % interval":<15}{"s":>6}'
+        f'  {"":<12}{"so far %" if e.cascade else "error %":>8}   {"95 % interval":<15}{"s":>6}'
     )
     with record.lock(folder, args.wait), fast.tf32(False):
         e.result = analysis.resume(e.json, metadata, args.device)
@@ -213,6 +224,12 @@ def parse(argv):
         action='store_true',
         help='only the worst case, at less cost: each attack gets the images that '
         'withstood the earlier ones, columns are cumulative; into worst.json',
+    )
+    add(
+        '--standard',
+        action='store_true',
+        help="AutoAttack's standard evaluation in place of these: APGD-CE, APGD-T, FAB-T and "
+        'Square, likewise cumulative; into evaluate_standard.json',
     )
     analysis.add_flags(p)
     args = p.parse_args(argv)

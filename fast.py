@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from attack import pgd_loop
-from classifier import frozen
+from classifier import flag, frozen
 from rng import uniform
 
 
@@ -167,8 +167,7 @@ class Adversary:
     ...) but for rounding: the attacked network is `folded`, as the parameters are at the
     call. On cuda the whole loop, folding included, is captured as a CUDA graph at the first batch
     of each shape; budgets are tensors in it, so that a schedule needs no other. Nothing waits for
-    the device; hence no value is checked: logits that are nan make `total`, the sum of all losses
-    so far, nan.
+    the device; hence no value is checked, but `nan` says if a loss or a gradient has been nan.
 
     `compiled` is applied to the network (torch.compile); `captured` to the loop, a function without
     arguments, unless None: `captured` of this module on cuda, nothing elsewhere.
@@ -176,7 +175,7 @@ class Adversary:
 
     def __init__(self, model, n_iter, x, *, compiled=None, captured=None):
         self.model, self.n_iter, self.captured, self.loops = model, n_iter, captured, {}
-        self.folded, self.total = folded(model, x), next(model.parameters()).new_zeros(())
+        self.folded, self.nan = folded(model, x), flag(x)
         self.network = compiled(self.folded) if compiled else self.folded
 
     def __call__(self, x, y, eps, step_size, *, start=None, seed=0):
@@ -202,7 +201,7 @@ class Adversary:
             with frozen(self.model), torch.no_grad():
                 self.folded.refold()
                 tensors = s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size
-                self.total += pgd_loop(self.network, *tensors, self.n_iter, s.width)
+                self.nan |= pgd_loop(self.network, *tensors, self.n_iter, s.width)
 
         capture = self.captured or (captured if x.is_cuda else None)
         return s, capture(run) if capture else run

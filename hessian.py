@@ -62,9 +62,13 @@ class Hessian:
             gradient, theta, size = self.graphs.get(i) or self.gradient(*batch)
             if i not in self.graphs and size <= self.room:
                 self.graphs[i], self.room = (gradient, theta, size), self.room - size
-            parts, kept = analysis.unflat(v, theta), i in self.graphs
-            parts = torch.autograd.grad(gradient, theta, parts, kept, materialize_grads=True)
-            total += analysis.flat(parts)
+            # of a parameter that the loss does not use, or is linear in, the gradient is constant
+            pairs = [p for p in zip(gradient, analysis.unflat(v, theta)) if p[0].requires_grad]
+            if pairs:
+                outputs, parts = zip(*pairs)
+                kept = i in self.graphs
+                rows = torch.autograd.grad(outputs, theta, parts, kept, materialize_grads=True)
+                total += analysis.flat(rows)
         if not total.isfinite().all():
             raise NotFiniteError('the Hessian of the loss is not finite')
         return total
@@ -81,8 +85,9 @@ class Hessian:
         with frozen(self.model), saved_tensors_hooks(note, lambda tensor: tensor):
             logits = functional_call(self.model, theta, (x,))
             loss = F.cross_entropy(logits, y, reduction='sum') / self.n
-            gradient = torch.autograd.grad(loss, theta.values(), create_graph=True)
-        return gradient, list(theta.values()), sum(saved.values())
+            theta = list(theta.values())
+            gradient = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
+        return gradient, theta, sum(saved.values())
 
 
 SOLVERS = {'lanczos': top_eigenpairs, 'power': power_iteration}

@@ -35,6 +35,7 @@ STUDIES = {  # what varies in a study
     'width': {'width', 'eps', 'eps_max', 'step_size', 'n_iter'},
 }
 ANALYSES = 'hessian', 'similarity', 'surface', 'connect', 'dead'
+NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
 MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes'  # about an evaluated run
 
 
@@ -61,8 +62,15 @@ def read(folder, defaults):
         setattr(run, name, largest(results))
     run.constant = 1 in [row['predicted_classes'] for row in (*run.log[-1:], run.dead) if row]
     run.similarity = None if run.constant else run.similarity  # it has no adversarial examples
-    found = [r for r in load('evaluate') if sorted(r['digests']) == sorted(digests)]
-    run.evaluations = [result for result in found if result['eps'] == config['eps']]
+    found = {}  # images and seed -> an evaluation; the standard one is a column of it
+    for result in load('evaluate'):
+        columns = result['columns']
+        if result.get('standard') and attack.STANDARD.keys() <= columns.keys():
+            columns = {'clean': columns['clean'], 'standard': columns['worst']}
+        if sorted(result['digests']) == sorted(digests) and result['eps'] == config['eps']:
+            one = found.setdefault((result['n'], result['seed']), result | {'columns': {}})
+            one['columns'] |= columns
+    run.evaluations = list(found.values())
     pgd = [r['columns']['pgd'] | {'n': r['n']} for r in run.evaluations if 'pgd' in r['columns']]
     run.pgd = largest(pgd)
     return run
@@ -124,12 +132,13 @@ def evaluated(runs):
     settings = dict.fromkeys(['dataset', 'model', 'eps_sched', 'eps_max', 'periods', 'precision'])
     for run, result in [(one, result) for one in runs for result in one.evaluations]:
         config, columns = run.config, result['columns']
-        attacks = {k: columns[k]['settings'] for k in columns if k not in ('clean', 'worst')}
+        attacks = {k: columns[k]['settings'] for k in columns if k not in NO_ATTACKS}
         own = {name: config[name] for name in config if name not in FREE}
         own |= {'test images': result['n'], 'attack seed': result['seed']}
         own |= {f'{attack.title(key)} by': attacks[key] for key in attacks}
         own = {name: data.show(name, own[name], config['dataset']) for name in own}
         names = ['clean', *attacks] + ['worst'] * (claims.ATTACKS.keys() <= attacks.keys())
+        names += ['standard'] * ('standard' in columns)
         found = {attack.title(key): 100 * columns[key]['error'] for key in names}
         full = of_paper(config) and result['n'] == result['n_test']
         for key in claims.ATTACKS.keys() & attacks:
@@ -142,7 +151,8 @@ def evaluated(runs):
         settings, errors = settings | own, errors | found
     frame = pd.DataFrame(rows.values(), columns=[*MORE, *settings, *errors])
     frame = frame.astype(dict.fromkeys(errors, float) | {'full': bool})
-    return frame, list(settings), sorted(errors, key='worst case'.__eq__)
+    last = [name for name in errors if name in ('worst case', 'AutoAttack')]
+    return frame, list(settings), [*(name for name in errors if name not in last), *last]
 
 
 def notation(values):

@@ -28,7 +28,7 @@ import record
 import rng
 import schedule
 from attack import pgd
-from classifier import NotFiniteError, check_not_nan, correct, predict
+from classifier import NotFiniteError, correct, predict, refuse_nan
 from eigen import norm
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': torch.optim.SGD}
@@ -83,7 +83,7 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         errors += wrong
         seen += len(y_batch)
         if i % 50 == 0 or i == n_batches - 1:  # else nothing waits for the device
-            check_not_nan(adversary.total)
+            refuse_nan(adversary.nan)
             if not loss_sum.isfinite():
                 raise NotFiniteError(f'the loss became {loss_sum.item()}')
             loss = loss_sum.item() / seen

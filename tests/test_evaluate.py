@@ -45,7 +45,7 @@ def test_every_attack_is_a_column_and_the_worst_case_is_that_of_all(copies, monk
 def test_the_attacks_of_a_column_are_the_papers():
     run = {'dataset': 'cifar10', 'eps': 8 / 255, 'step_size': 3 / 255, 'n_iter': 4}
     apgd = {'n_iter': 100, 'n_restarts': 5}
-    attacks = evaluate.attacks_of(run, 8 / 255).items()
+    attacks = evaluate.attacks_of(attack.ATTACKS, run, 8 / 255).items()
     assert {key: run_attack.keywords for key, run_attack in attacks} == {
         'pgd': {'step_size': 3 / 255, 'n_iter': 4},  # of training
         'pgd100': {'step_size': pytest.approx(1 / 255), 'n_iter': 100},

@@ -1,0 +1,123 @@
+"""Fast adaptive boundary attack (Croce & Hein 2020), targeted, l_inf."""
+
+import math
+from types import SimpleNamespace
+
+import torch
+
+from classifier import (
+    correct,
+    flag,
+    has_nan,
+    logits_of,
+    loss_and_gradient,
+    refuse_nan,
+    wrong_classes,
+)
+from perturb import attack, per_image, run_in_full_batches
+
+
+@attack
+def fab(
+    model,
+    x,
+    y,
+    eps,
+    n_iter=100,
+    n_targets=9,
+    *,
+    alpha_max=0.1,
+    eta=1.05,
+    beta=0.9,
+    best_distance=False,
+    seed=0,
+    index=None,
+    batch_size=250,
+):
+    """FAB-T: seeks the nearest misclassified point, towards each of the n_targets most likely wrong
+    classes of the image in turn, for n_iter iterations each.
+
+    Returns a misclassified point within eps of each image where it finds one, else the image. With
+    best_distance=True the search does not end there: it returns the nearest misclassified points
+    found, at whatever distance, and their l_inf distances, (N,), infinite where there is none.
+    It draws no random numbers: `seed` and `index` change nothing.
+    """
+    x_adv, tried, nan = x.clone(), torch.zeros_like(y), flag(x)
+    distance = x.new_zeros(len(x)).masked_fill(correct(model, x, y, batch_size), math.inf)
+    targets = wrong_classes(model, x, y, n_targets, batch_size)
+    enough = -1 if best_distance else eps
+
+    def start(rows):
+        s = SimpleNamespace(rows=rows, x=x[rows], y=y[rows], k=torch.zeros_like(rows))
+        s.target, s.distance = targets[rows, tried[rows]], distance[rows]
+        s.x_k, s.x_best = s.x, x_adv[rows]
+        return s
+
+    def advance(s):
+        nan.logical_or_(fab_step(s, model, alpha_max, eta, beta))
+        return (s.k == n_iter) | (s.distance <= enough)
+
+    def finish(s):
+        x_adv[s.rows], distance[s.rows] = s.x_best, s.distance
+        tried[s.rows] += 1
+        return s.rows[(tried[s.rows] < targets.shape[1]) & (s.distance > enough)]
+
+    waiting = (distance == math.inf).nonzero().squeeze(1)
+    run_in_full_batches(waiting, batch_size, start, advance, finish)
+    refuse_nan(nan)
+    if best_distance:
+        return x_adv, distance
+    return torch.where(per_image(distance <= eps), x_adv, x)
+
+
+def fab_step(s, model, alpha_max, eta, beta):
+    """One iteration: projects x_k and the image on the boundary between the label and the target,
+    linearised at x_k, and moves beyond it on a line between both projections.
+
+    Returns whether a logit or a gradient was nan, ().
+    """
+
+    def difference(logits, y):
+        both = logits.gather(1, torch.stack([y, s.target], 1))
+        return both[:, 0] - both[:, 1]
+
+    gap, _, w = loss_and_gradient(model, s.x_k, s.y, difference)
+    d_k = to_plane(s.x_k, w, gap)
+    d_0 = to_plane(s.x, w, gap + ((s.x - s.x_k) * w).flatten(1).sum(1))
+    a_k, a_0 = (per_image(length(d).clamp(min=1e-8)) for d in (d_k, d_0))
+    alpha = (a_k / (a_k + a_0)).clamp(max=alpha_max)
+    x_k = ((1 - alpha) * (s.x_k + eta * d_k) + alpha * (s.x + eta * d_0)).clamp_(0, 1)
+    logits = logits_of(model, x_k)
+    fooled, moved = logits.argmax(1) != s.y, length(x_k - s.x)
+    better = fooled & (moved < s.distance)
+    s.distance = torch.where(better, moved, s.distance)
+    s.x_best = torch.where(per_image(better), x_k, s.x_best)
+    # a misclassified point is drawn back to the image, so that the boundary is crossed again
+    s.x_k = torch.where(per_image(fooled), s.x + beta * (x_k - s.x), x_k)
+    s.k = s.k + 1
+    return has_nan(gap, w, logits)
+
+
+def to_plane(x, w, r):
+    """The smallest d in l_inf with r + w d = 0 and x + d in [0, 1], exactly: (N, C, H, W).
+
+    r is the value at x, (N,), of a linear function of slope w. All coordinates move as far, each as
+    long as it has room; where all of it does not suffice, all is used.
+    """
+    sign = -(per_image(r) * w).sign()  # where to move
+    room = torch.where(sign > 0, 1 - x, x).masked_fill(sign == 0, 0).flatten(1)
+    ordered, order = room.sort(1)
+    slopes = w.abs().flatten(1).gather(1, order)
+    # while d is in the room of the i-th: |r| falls by used + d * slope
+    slope = slopes.flip(1).cumsum(1).flip(1)
+    used = (slopes * ordered).cumsum(1) - slopes * ordered
+    i = (used + ordered * slope < r.abs()[:, None]).sum(1, keepdim=True)
+    last = room.shape[1] - 1
+    used, slope = (values.gather(1, i.clamp(max=last)) for values in (used, slope))
+    d = torch.where(i > last, 1, (r.abs()[:, None] - used) / slope)
+    return torch.minimum(room, d).view_as(x) * sign
+
+
+def length(d):
+    """l_inf norm of each image, (N,)."""
+    return d.abs().flatten(1).amax(1)

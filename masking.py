@@ -1,0 +1,55 @@
+"""Signs that a model only hides its gradients, or that its logits mislead an attack (Athalye et al.
+2018, Carlini et al. 2019): its robust errors are then too small."""
+
+import numpy as np
+import torch
+
+from classifier import cross_entropy, frozen, loss_and_gradient
+
+
+def signs(model, x, y, robust, batch_size=250):
+    """{name: sentence} of the signs that an evaluation shows; each gives its number and a way out.
+
+    `robust` are the verdicts on the images x, (N, C, H, W), with labels y: key of an attack -> (N,)
+    bool array, in the order of the attacks.
+    """
+    found, still, n = {}, 0, len(x)
+    with frozen(model), torch.no_grad():
+        once, again = model(x[:batch_size]), model(x[:batch_size])
+        for images, labels in zip(x.split(batch_size), y.split(batch_size)):
+            _, _, gradient = loss_and_gradient(model, images, labels, cross_entropy)
+            still += (gradient.flatten(1) == 0).all(1).sum().item()
+    if still > 0.01 * n:
+        found['zero gradient'] = (
+            f'the gradient is exactly zero at {still} of {n} images: saturated or masked, so that '
+            'PGD does not move them; read the columns of DLR and Square'
+        )
+    difference = (once - again).abs().max().item()
+    if difference > 1e-3 * once.abs().max().item():
+        found['random'] = (
+            f'two passes of the same images differ by up to {difference:.3g}: the verdict on a '
+            'random model is luck; fix its seed, or average its logits over many passes'
+        )
+    if once.min() >= 0 and once.max() <= 1 and (once.sum(1) - 1).abs().max() < 1e-3:
+        found['probabilities'] = (
+            f'the outputs lie in [0, 1] and have sum 1, as in {once[0].tolist()[:3]} ...: their '
+            'cross-entropy is flat; return the logits, before the softmax'
+        )
+    if {'pgd', 'pgd100'} <= robust.keys():
+        more = (robust['pgd100'] & ~robust['pgd']).sum()
+        less = (robust['pgd'] & ~robust['pgd100']).sum()
+        if more - less > 2 * (more + less) ** 0.5:  # beyond chance
+            found['more steps'] = (
+                f'PGD100 leaves {more - less} of {n} images more than PGD of fewer steps: its loss '
+                'misleads it; read the columns of APGD and Square'
+            )
+    square, gradients = np.ones(n, bool), np.ones(n, bool)
+    for key in robust.keys() - {'clean', 'worst'}:
+        (square if key.startswith('square') else gradients)[~robust[key]] = False
+    only = (~square & gradients).sum()
+    if only > 2 + 0.01 * n and len(robust) > 2:
+        found['only square'] = (
+            f'Square breaks {only} of {n} images that no attack with gradients broke, as gradients '
+            'that are masked do not lead anywhere; more restarts or another loss may find more'
+        )
+    return found

@@ -1,0 +1,116 @@
+"""What all attacks share: the check of their arguments, the box that they search, full batches."""
+
+import functools
+import inspect
+from types import SimpleNamespace
+
+import torch
+
+from classifier import frozen, has_nan, refuse_nan
+
+
+def attack(run):
+    """Makes `run` an attack as attack.py describes it.
+
+    ValueError, naming the attack, for arguments that `prepare` refuses. The model is frozen around
+    the search, for which half-precision images become float32: the model alone sees them rounded.
+    """
+    signature, name = inspect.signature(run), run.__name__
+
+    @functools.wraps(run)
+    def checked(*args, **kwargs):
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        a, dtype = call.arguments, call.arguments['x'].dtype
+        model = a['model']
+        with torch.inference_mode(False), torch.no_grad(), frozen(model):
+            try:
+                prepare(a)
+            except ValueError as error:
+                raise type(error)(f'{name}: {error}') from None
+            if a['eps'] == 0 and not a.get('best_distance'):
+                return a['x'].clone()
+            if dtype.itemsize < 4:
+                a['x'], a['model'] = a['x'].float(), lambda x: model(x.to(dtype))
+            result = run(*call.args, **call.kwargs)
+        return result.to(dtype) if isinstance(result, torch.Tensor) else result
+
+    return checked
+
+
+def prepare(a):
+    """Checks the arguments of an attack, name -> value, and brings labels and index to int64.
+
+    ValueError says in a sentence what is wrong with which value, and the way out.
+    """
+    x, y, eps, index = a['x'], a['y'], a['eps'], a['index']
+    index = torch.arange(len(x)) if index is None else index
+    if x.dim() != 4 or not x.is_floating_point():
+        raise ValueError(f'images must be floats, (N, C, H, W), got {x.dtype} {tuple(x.shape)}')
+    if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(f'labels must be integers, (N,), got {y.dtype} {tuple(y.shape)}')
+    if not len(x) == len(y) == len(index):
+        raise ValueError(f'{len(x)} images, {len(y)} labels, {len(index)} of index')
+    if not 0 <= eps <= 1:
+        hint = f': did you mean {eps:g}/255?' if 1 < eps <= 255 else ''
+        raise ValueError(f'eps must lie in [0, 1], got {eps:g}{hint}')
+    for count in ('n_iter', 'n_restarts', 'n_targets', 'n_queries', 'batch_size'):
+        if a.get(count) is not None and a[count] < 1:
+            raise ValueError(f'{count} must be at least 1, got {a[count]}')
+    if not (a.get('step_size', 1) > 0 or eps == 0):
+        raise ValueError(f'step_size must be above 0, got {a["step_size"]}')
+    a['x'], a['seed'] = x.detach().clone() if x.is_inference() else x.detach(), int(a['seed'])
+    a['y'], a['index'] = (values.detach().to(x.device, torch.int64) for values in (y, index))
+    if len(x):
+        low, high = (bound.item() for bound in x.aminmax())
+        if not 0 <= low <= high <= 1:
+            found = f'{low:.9g} to {high:.9g}'
+            raise ValueError(f'images must lie in [0, 1], got {found}; normalise inside the model')
+        logits, (first, last) = a['model'](x[:1]), (y.min().item(), y.max().item())
+        if not isinstance(logits, torch.Tensor):
+            got = type(logits).__name__
+            raise ValueError(f'the model must return the logits alone, not a {got}')
+        refuse_nan(has_nan(logits))
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            got = tuple(logits.shape)
+            raise ValueError(f'the model must return logits, (N, K), K at least 2, got {got}')
+        if not 0 <= first <= last < logits.shape[1]:
+            classes = f'0 .. {logits.shape[1] - 1}, the classes of the model'
+            raise ValueError(f'labels must be {classes}, got {first} .. {last}')
+
+
+def run_in_full_batches(waiting, batch_size, start, advance, finish):
+    """Searches for many images, in batches that are kept full: those that are done make room.
+
+    `waiting` are the places of the images, (N,). start(rows) is the state of the search for these
+    images, a namespace of tensors, one entry per image. advance(state) takes some steps and says
+    which images are done, (n,) bool. finish(state) of these returns the rows that start anew.
+    """
+    state = start(waiting[:0])
+    while len(waiting) + len(state.rows):
+        new, waiting = waiting.tensor_split([batch_size - len(state.rows)])
+        if len(new):
+            begun = vars(start(new))
+            state = SimpleNamespace(
+                **{name: torch.cat([values, begun[name]]) for name, values in vars(state).items()}
+            )
+        done = advance(state)
+        if done.any():
+            waiting = torch.cat([waiting, finish(take(state, done))])
+            state = take(state, ~done)
+
+
+def take(state, mask):
+    """The entries of a namespace of tensors where `mask`, (n,) bool."""
+    rows = mask.nonzero().squeeze(1)
+    return SimpleNamespace(**{name: values[rows] for name, values in vars(state).items()})
+
+
+def box(x, eps):
+    """Corners of the l_inf eps-ball around x, cut to [0, 1]: one box, so one clamp projects."""
+    return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
+
+
+def per_image(values):
+    """(N,) or (N, C) values, shaped to broadcast over images (N, C, H, W)."""
+    return values.reshape(values.shape + (1,) * (4 - values.dim()))
