@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 
 import torch
@@ -15,7 +16,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Says the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        has_default = action.default not in (None, False, argparse.SUPPRESS)
+        flags = action.default is None or action.default is False or action.default == []
+        has_default = not flags and action.default != argparse.SUPPRESS
         return action.help + ' (default: %(default)s)' * has_default
 
 
@@ -53,7 +55,8 @@ def add_machine_flags(parser):
     add = parser.add_argument
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--device', type=device, default=default, help='cuda if there is one')
-    add('--data-dir', default='data', help='folder of <dataset>.npz and downloads')
+    text = 'folder of <dataset>.npz and downloads; $DATA_DIR, or'
+    add('--data-dir', default=os.environ.get('DATA_DIR', 'data'), help=text)
     add('--wait', action='store_true', help='wait while another process uses the folder')
 
 
@@ -70,7 +73,8 @@ class Lines:
 
 def bar(unit, total, done=0):
     """A progress bar of `total` units, `done` of them before; in a file, a line a minute."""
-    options = {} if sys.stderr.isatty() else {'file': Lines(), 'mininterval': 60, 'ncols': 80}
+    in_file = {'file': Lines(), 'mininterval': 60, 'ncols': 80}
+    options = {} if sys.stderr.isatty() else in_file
     return tqdm(
         unit=unit, total=total, initial=done, unit_scale=total > 10000, leave=False, **options
     )

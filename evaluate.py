@@ -133,12 +133,12 @@ def format_row(key, column, dataset):
     )
 
 
-def load_groups(paths, args):
+def load_groups(paths, args, lenient):
     """{(dataset, eps): {checkpoint: (settings, network)}} of checkpoints and runs.
 
-    Runs that diverged, and with --ensemble those that are not finished, are named and left out.
+    Runs that diverged, and if `lenient` those that are not finished, are named and left out.
     """
-    groups, left_out = {}, (record.Diverged, *[record.Unfinished] * bool(args.ensemble))
+    groups, left_out = {}, (record.Diverged, *[record.Unfinished] * lenient)
     for path in paths:
         try:
             files = record.members(path)
@@ -202,7 +202,7 @@ def main(argv=None):
     groups = [
         (paths, *key, members)
         for paths in ([runs] if args.ensemble else [[run] for run in runs])
-        for key, members in load_groups(paths, args).items()
+        for key, members in load_groups(paths, args, len(runs) > 1).items()
     ]
     files = [file for group in groups for file in evaluate_group(*group, args)]
     files += [run / 'diverged.json' for run in runs if (run / 'diverged.json').exists()]

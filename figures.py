@@ -171,7 +171,7 @@ def path(key):
 # picture: what is to be seen, the result that it needs, and its panels
 BUDGET = {
     'fig2': (
-        'A larger eps leaves its start later, and ends with larger gradients.',
+        'The first and last updates at each eps.',
         'trace',
         ('first updates', NORM, 'log', trace('grad_norm')),
         ('first updates', 'robust training error', 'linear', trace('robust_error')),
@@ -179,14 +179,14 @@ BUDGET = {
         ('last updates', NORM, 'log', trace('grad_norm', last=True)),
     ),
     'fig3': (
-        'A larger eps has sharper minima.',
+        'Eigenvalues of the Hessian at each eps, the largest first.',
         'hessian',
-        ('number', '|eigenvalue| / mean random loss', 'log', partial(eigenvalues, scaled=True)),
-        ('number', '|eigenvalue|', 'log', eigenvalues),
+        ('rank', '|eigenvalue| / mean random loss', 'log', partial(eigenvalues, scaled=True)),
+        ('rank', '|eigenvalue|', 'log', eigenvalues),
     ),
     'fig4': (
-        'Perturbations at theta + a v and theta - a v differ more, and so does the error, where v '
-        'is the top eigenvector (dashed) than where it is random.',
+        'Perturbations at theta + a v and theta - a v, and robust errors there; v is the top '
+        'eigenvector (dashed) or random.',
         'similarity',
         ('a', 'cosine', 'linear', *similarity('cosine')),
         ('a', 'robust error', 'linear', *similarity('robust_error')),
@@ -202,7 +202,7 @@ BUDGET = {
         ('t', LOSS, 'linear', *path('loss')),
         ('t', 'robust error', 'linear', *path('robust_error')),
     ),
-    'fig12': ('The loss in the plane of two eigenvectors: steeper at a larger eps.', 'surface'),
+    'fig12': ('The loss in the plane of the top two eigenvectors.', 'surface'),
 }
 
 
@@ -219,14 +219,14 @@ def pictures(study):
         labels = 'learning rate', 'robust test error (PGD)', 'linear'
         panels, warm = [(*labels, lambda rows: rows['pgd'])], frame['kind'].str.startswith('lr')
         groups = by_seed(frame[~warm], 'kind', 'lr', 'pgd')
-        yield 'fig5', 'A warm-up of eps makes more learning rates usable.', groups, panels
+        yield 'fig5', 'Robust errors of schedules of eps over the learning rate.', groups, panels
         groups = by_seed(frame, 'kind', 'lr', 'pgd') if warm.any() else []
-        yield 'c23', 'A warm-up of the learning rate does not replace that of eps.', groups, panels
+        yield 'c23', 'The same, with warm-ups of the learning rate.', groups, panels
     else:
         dead = [name for name in frame if name.startswith('dead ')]
         panels = [('width', name, 'linear', operator.itemgetter(name)) for name in dead]
         groups = by_seed(frame.assign(budget=eps), 'budget', 'width', *dead) if dead else []
-        seen = 'Narrow models have more units that no image activates. No dot: not measured.'
+        seen = 'Shares of units that no training image activates. No dot: not measured.'
         yield 'c24', seen, groups, panels
 
 

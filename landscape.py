@@ -40,7 +40,7 @@ def compute_missing(path, metadata, keys, compute, args):
     points = result.setdefault('points', [])
     missing = [key for key in keys if not any(key.items() <= old.items() for old in points)]
     print(f'{path}: {len(missing)} of {len(keys)} points to compute', flush=True)
-    with cli.bar('points', len(missing)) as bar:
+    with cli.bar(' points', len(missing)) as bar:
         for key in missing:
             points.append(key | compute(**key))
             record.save(path, result)
@@ -142,7 +142,7 @@ def train_curve(points, run, args, metadata, path):
         for tensor, value in zip(tensors, state['tensors']):
             tensor.copy_(value)
         optimizer.load_state_dict(state['optimizer'])
-    with cli.bar('epochs', args.epochs, len(losses)) as bar:
+    with cli.bar(' epochs', args.epochs, len(losses)) as bar:
         for epoch in range(len(losses), args.epochs):
             generator, total = rng.generator(args.seed, epoch), 0.0
             optimizer.param_groups[0]['lr'] = schedule.lr_at(epoch / args.epochs, 'step', args.lr)

@@ -207,7 +207,8 @@ def ensembles():
     for result in map(record.load, sorted(pathlib.Path('evals').glob('ensemble*/evaluate*.json'))):
         eps = data.show_eps(result['eps'], result['dataset'])
         row = {'members': ' + '.join(result['members']), 'dataset': result['dataset'], 'eps': eps}
-        errors = {attack.title(k): f'{100 * c["error"]:.2f}' for k, c in result['columns'].items()}
+        columns = sorted(result['columns'].items(), key=lambda item: item[0] == 'worst')
+        errors = {attack.title(key): f'{100 * column["error"]:.2f}' for key, column in columns}
         rows.append(row | {'test images': result['n']} | errors)
     return pd.DataFrame(rows)
 
@@ -282,14 +283,18 @@ def main(argv=None):
     studies = [make_study(kind, group) for kind, group in groups if group]
     runs = list(filter(None, runs.values()))
     if not runs and (args.out / 'table1.md').exists():
-        raise ValueError(f'there is no run to report on; {args.out} stays as it is')
+        why = '; '.join(damaged) or 'there is no run to report on'
+        raise ValueError(f'{why}; {args.out} stays as it is')
     files = write(args, runs, studies)
+    idle = [run for run in runs if not run.evaluations and not any(vars(run)[n] for n in ANALYSES)]
+    if idle:
+        print(f'trained, but not evaluated: {", ".join(str(run.path) for run in idle)}')
     if damaged:
         sys.exit('\n'.join(f'error: {line}' for line in damaged))
-    # a folder's time changes with the files in it; what is reported also depends on the code
+    # a folder's time changes with the files in it
     below = [path for root in (*named, 'evals') for path in pathlib.Path(root).rglob('[!.]*')]
     folders = [*named, *(path for path in below if path.is_dir()), *(run.path for run in runs)]
-    return [*files, *folders, *pathlib.Path(__file__).parent.glob('*.py')]
+    return [*files, *folders]
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Finished work is skipped before torch is imported, which takes seconds.
 
-A command that has ended well leaves a stamp: what it printed, and the files of its result with
-their sizes and times. While these are unchanged the same command prints the same again and ends.
+A command that has ended well leaves a stamp: what it printed, and sizes and times of the files of
+its result and of the code. While these are unchanged the same command prints the same and ends.
 """
 
 import hashlib
@@ -39,9 +39,9 @@ def exit_if_finished(name):
 
 def leave_stamp(files, printed):
     """Records that this command succeeded, what it printed, and the `files` of its result."""
-    path = stamp_path()
+    path, code = stamp_path(), pathlib.Path(__file__).parent.glob('*.py')
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({'files': state(files), 'printed': printed}))
+    path.write_text(json.dumps({'files': state([*files, *code]), 'printed': printed}))
 
 
 class Tee:

@@ -173,12 +173,12 @@ def save_logs(folder, log, trace):
 def format_epoch(row, c):
     """One epoch of the log, for people."""
     text = (
-        f'epoch {row["epoch"]}/{c.epochs}  eps {data.show_eps(row["eps"], c.dataset)}  '
-        f'lr {row["lr"]:.2g}  loss {row["loss"]:.4f}  '
-        f'robust error: train {row["train_robust_error"]:.1%}'
+        f'epoch {row["epoch"]}/{c.epochs}  lr {row["lr"]:.2g}  loss {row["loss"]:.4f}  robust error'
     )
+    text += f': train {row["train_robust_error"]:.1%} at eps {data.show_eps(row["eps"], c.dataset)}'
     if row['robust_error'] is not None:
-        text += f', test {row["robust_error"]:.1%}  clean error {row["clean_error"]:.1%}'
+        text += f', test {row["robust_error"]:.1%} at {data.show_eps(c.eps, c.dataset)}'
+        text += f'  clean error {row["clean_error"]:.1%}'
     constant = '  a constant classifier: one class for every test image'
     return f'{text}  {row["seconds"]:.0f} s' + constant * (row['predicted_classes'] == 1)
 
@@ -211,7 +211,7 @@ def settings(args):
     allowed = {
         'eps': 0 <= c.eps <= 1,
         'eps_min eps_max': c.eps_min <= c.eps_max,
-        'step_size': c.step_size > 0 or c.eps == 0,
+        'step_size': 0 < c.step_size <= 1 or c.eps == 0,
         'lr_warmup': 0 <= c.lr_warmup <= 1,
         'n_eval': 0 <= c.n_eval,
     }

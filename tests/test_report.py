@@ -206,11 +206,11 @@ def test_a_report_without_runs_does_not_replace_one(tmp_path):
     assert (tmp_path / 'out/table1.md').read_bytes() == before
 
 
-def test_a_report_is_made_again_when_a_run_an_evaluation_or_the_code_changes(tmp_path):
+def test_a_report_is_made_again_when_a_run_or_an_evaluation_is_added(tmp_path):
     make_run(tmp_path / 'ckpts/a')
     files = report.main(['--out', 'out'])
     before = skip.state(files)
-    assert before == skip.state(files) and str(report.__file__) in before
+    assert before == skip.state(files)
     record.save('ckpts/a/evaluate_n9.json', {})
     changed = skip.state(files)
     make_run(tmp_path / 'ckpts/b')
