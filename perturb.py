@@ -59,8 +59,11 @@ def prepare(a):
             raise ValueError(f'{count} must be at least 1, got {a[count]}')
     if not (a.get('step_size', 1) > 0 or eps == 0):
         raise ValueError(f'step_size must be above 0, got {a["step_size"]}')
-    a['x'], a['seed'] = x.detach().clone() if x.is_inference() else x.detach(), int(a['seed'])
-    a['y'], a['index'] = (values.detach().to(x.device, torch.int64) for values in (y, index))
+    y, index = (values.to(x.device, torch.int64) for values in (y, index))
+    # autograd refuses tensors of torch.inference_mode
+    tensors = (t.clone() if t.is_inference() else t.detach() for t in (x, y, index))
+    a['x'], a['y'], a['index'] = tensors
+    a['seed'] = int(a['seed'])
     if len(x):
         low, high = (bound.item() for bound in x.aminmax())
         if not 0 <= low <= high <= 1:

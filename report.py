@@ -69,7 +69,7 @@ def read(folder, defaults):
             columns = {'clean': columns['clean'], 'standard': columns['worst']}
         if sorted(result['digests']) == sorted(digests) and result['eps'] == config['eps']:
             one = found.setdefault((result['n'], result['seed']), result | {'columns': {}})
-            one['columns'] |= columns
+            one['columns'] = columns | one['columns']
     run.evaluations = list(found.values())
     pgd = [r['columns']['pgd'] | {'n': r['n']} for r in run.evaluations if 'pgd' in r['columns']]
     run.pgd = largest(pgd)

@@ -402,3 +402,133 @@ def test_predictions_and_mean_loss_do_not_depend_on_batches():
     assert classifier.correct(model, x, y, batch_size=3).tolist() == [True] * 4 + [False] * 7
     loss = F.cross_entropy(model(x), y).item()
     assert classifier.mean_loss(model, x, y, batch_size=3) == pytest.approx((loss, 7 / 11))
+
+
+# Any model, or a reason why not
+
+REFUSED = [
+    ({'x': images(4) + 1e-7 + (1 - images(4).max())}, r'\[0, 1\], got .* 1.0000001; normalise'),
+    ({'x': images(4)[:, 0]}, r'images must be floats, \(N, C, H, W\), got torch.float64 \(4, 28'),
+    ({'x': (255 * images(4)).byte()}, 'images must be floats.* got torch.uint8'),
+    ({'eps': 8}, r'eps must lie in \[0, 1\], got 8: did you mean 8/255'),
+    ({'eps': math.nan}, 'got nan'),
+    (
+        {'y': F.one_hot(ZEROS[:4], 10)},
+        r'labels must be integers, \(N,\), got torch.int64 \(4, 10\)',
+    ),
+    ({'y': ZEROS[:4, None]}, r'labels must be integers, .* \(4, 1\)'),
+    ({'y': ZEROS[:4].float()}, 'labels must be integers, .* torch.float32'),
+    ({'y': ZEROS[:4] + 10}, '0 .. 9, the classes of the model, got 10 .. 10'),
+    ({'y': ZEROS[:4] - 1}, 'got -1 .. -1'),
+    ({'model': lambda x: (steady(x), 0)}, 'return the logits alone, not a tuple'),
+    ({'model': lambda x: {'logits': steady(x)}}, 'return the logits alone, not a dict'),
+    ({'model': lambda x: steady(x)[:, 0]}, r'\(N, K\), K at least 2, got \(1,\)'),
+    ({'model': lambda x: steady(x)[:, :1]}, r'K at least 2, got \(1, 1\)'),
+]
+
+
+@each
+@pytest.mark.parametrize('change, message', REFUSED)
+def test_what_makes_no_sense_is_refused_in_a_sentence(run, change, message):
+    name = run.func.__name__
+    with pytest.raises(ValueError, match=f'^{name}: .*{message}'):
+        run(**({'model': steady, 'x': images(4), 'y': ZEROS[:4], 'eps': 0.1} | change))
+
+
+class Nan(torch.autograd.Function):
+    """The identity with a gradient that is nan at its first entry."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[0] = math.nan
+        return gradient
+
+
+@pytest.mark.parametrize('name', set(ALL) - {'square'})
+def test_gradients_that_are_nan_are_refused(name):
+    with pytest.raises(classifier.NotFiniteError, match='gradients of its loss, are nan'):
+        ALL[name](lambda x: steady(Nan.apply(x)), images(4), ZEROS[:4], 0.1)
+
+
+class Own(torch.autograd.Function):
+    """The identity whose gradient is a buffer of the model's, or expanded from one number."""
+
+    @staticmethod
+    def forward(ctx, x, buffer):
+        ctx.buffer = buffer
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.buffer.expand(gradient.shape), None
+
+
+@each
+@pytest.mark.parametrize('shape', [(4, 1, 28, 28), (1, 1, 1, 1)])
+def test_a_gradient_that_is_the_models_own_is_not_changed(run, shape):
+    buffer = torch.full(shape, 0.25).double()
+    run(lambda x: steady(Own.apply(x, buffer)), images(4), ZEROS[:4], 0.1)
+    assert (buffer == 0.25).all()
+
+
+@each
+def test_types_of_labels_seeds_and_index_change_nothing(run):
+    model, x = lenet(), images(5)
+    y, index = model(x).argmax(1), torch.arange(40, 45)
+    expected = run(model, x, y, 0.02, seed=3, index=index)
+    for dtype in torch.uint8, torch.int32, torch.int16:
+        found = run(model, x, y.to(dtype), 0.02, seed=np.int32(3), index=index.to(dtype))
+        assert torch.equal(found, expected)
+
+
+@each
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_any_grad_mode_and_a_plain_function_give_the_same(run, mode):
+    model, x = lenet().eval(), images(5)
+    y = model(x).argmax(1)
+    expected = run(model, x, y, 0.02)
+    before = torch.random.get_rng_state()
+    with mode():
+        found = run(lambda x: model(x), x.clone(), y.clone(), 0.02)
+    assert torch.equal(found.clone(), expected)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@each
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_is_searched_in_float32(run, dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)).to(dtype), images(20).to(dtype)
+    y = model(x).argmax(1)
+    x_adv = run(model, x, y, 0.03)
+    assert x_adv.dtype == dtype and x_adv.isfinite().all()
+    assert (x_adv - x).abs().max() <= 0.03 + torch.finfo(dtype).eps  # rounded
+    assert not classifier.correct(model, x_adv, y).all()
+    single = nn.Sequential(*model).float()
+    fooled = ~classifier.correct(single, run(single, x.float(), y, 0.03), y)
+    assert abs(fooled.sum() - (~classifier.correct(model.to(dtype), x_adv, y)).sum()) <= 2
+
+
+@each
+def test_a_model_with_autocast_inside_falls_as_it_does_without(run):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), images(20).float()
+    y = model(x).argmax(1)
+
+    def half(x):
+        with torch.autocast('cpu', torch.bfloat16):
+            return model(x)
+
+    found = [classifier.correct(model, run(net, x, y, 0.03), y) for net in (model, half)]
+    assert (found[0] != found[1]).sum() <= 2
+
+
+def test_dlr_is_guarded_in_half_precision():
+    x, y = torch.ones(2, 3), ZEROS[:2]
+    logits = classifier.logits_of(lambda x: 0 * x.half(), x)
+    assert logits.dtype == torch.float32 and (classifier.dlr(logits, y) == 0).all()

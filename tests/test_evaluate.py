@@ -197,6 +197,48 @@ def test_an_evaluation_killed_at_any_file_ends_as_one_in_one_go(copies, whole, m
     assert errors[0] == errors[1]
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """AutoAttack's four attacks, a few steps each; settings that differ in nothing but cost."""
+    for key, few in attack.STANDARD.items():
+        few = {name: min(value, 5) for name, value in few.keywords.items() if name[:2] == 'n_'}
+        monkeypatch.setitem(attack.STANDARD, key, functools.partial(attack.STANDARD[key], **few))
+
+
+def test_the_standard_evaluation_is_that_of_autoattack():
+    apgd_ce, apgd_t, fab_t, square = attack.STANDARD.values()
+    assert list(attack.STANDARD) == ['apgd_ce', 'apgd_t', 'fab_t', 'square']
+    assert apgd_ce.keywords == {'n_iter': 100}
+    assert apgd_t.keywords == {'n_iter': 100, 'loss': 'dlr', 'n_targets': 9}
+    assert fab_t.keywords == {'n_iter': 100, 'n_targets': 9}
+    assert square.keywords == {'n_queries': 5000, 'p_init': 0.8}
+
+
+@pytest.mark.parametrize('moment', range(0, 11, 2))
+def test_a_standard_evaluation_killed_at_any_file_ends_as_one_in_one_go(
+    copies, short, moment, capsys
+):
+    argv = [str(copies / 'triple'), '--standard', '--n-examples', '20', '--eps', '0.2']
+    evaluate.main(argv)
+    text, (whole, robust) = capsys.readouterr().out, result_of(copies / 'triple')
+    worst = whole['columns']['worst']['error']
+    assert f"AutoAttack's robust accuracy: {100 - 100 * worst:.2f} %" in text
+    kept = [robust[key] for key in ('clean', *attack.STANDARD)]
+    assert np.array_equal(robust['worst'], np.logical_and.reduce(kept))
+    left = [whole['columns'][key]['settings']['attacked'] for key in attack.STANDARD]
+    assert left[0] == robust['clean'].sum() and left == sorted(left, reverse=True)
+    for path in copies.glob('triple/evaluate*'):
+        path.unlink()
+    assert (
+        killed_at(moment, False, evaluate.main, [str(copies / 'triple'), *argv]) == signal.SIGKILL
+    )
+    evaluate.main([str(copies / 'triple'), *argv])
+    again, found = result_of(copies / 'triple')
+    assert all(np.array_equal(found[key], robust[key]) for key in robust)
+    assert again['columns'].keys() == whole['columns'].keys()
+    assert again['warnings'] == whole['warnings']
+
+
 def test_results_of_a_checkpoint_that_changed_are_replaced(copies, capsys):
     evaluate.main([str(copies / 'single'), *FEW])
     shutil.copy(copies / 'triple/period1.pt', copies / 'single/period1.pt')

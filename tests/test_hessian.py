@@ -195,6 +195,18 @@ def test_small_pairs_that_are_not_zero_must_converge_too():
     assert not good.all() and torch.all(true[good] <= 1.1e-3)
 
 
+def test_parameters_that_the_loss_does_not_use_have_zero_rows():
+    model, x, y, v = tiny_network()
+    expected = hessian.hvp(model, x, y, v)
+    model[3].unused = nn.Parameter(torch.ones(2, 3).double())  # before those of the linear layer
+    first = sum(p.numel() for p in model[:3].parameters())
+    found = hessian.hvp(model, x, y, torch.cat([v[:first], torch.ones(6), v[first:]]))
+    assert torch.allclose(torch.cat([found[:first], found[first + 6 :]]), expected, atol=1e-12)
+    assert not found[first : first + 6].any()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(16, 1)).double()
+    assert not hessian.hvp(linear, x, torch.zeros_like(y), torch.ones(17).double()).any()
+
+
 def test_a_probe_of_the_density_integrates_polynomials_exactly():
     H = symmetric(SPECTRA['negative'])
     density = eigen.density(lambda v: H @ v, 60, 4, like=F64, seed=3)

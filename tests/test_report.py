@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+import attack
 import data
 import record
 import report
@@ -171,6 +172,20 @@ def test_runs_are_found_at_any_depth(tmp_path):
     for name in 'a/b/c', 'a/d':
         make_run(tmp_path / 'ckpts' / name, f'--n-train 9 --seed {len(name)}')
     assert reported(tmp_path / 'out')[1][0]['runs'] == '2'  # in ckpts/
+
+
+def test_the_standard_evaluation_is_a_column(tmp_path):
+    run = make_run(tmp_path / 'run', '--n-train 9')
+    result = record.load(tmp_path / 'run/evaluate.json') | {'standard': True}
+    keys = ['clean', *attack.STANDARD]
+    columns = {key: {'error': 0.5, 'settings': {}} for key in keys} | {'worst': {'error': 0.625}}
+    path = tmp_path / 'run/evaluate_standard.json'
+    record.save(path, result | {'columns': columns})
+    (row,) = reported(tmp_path / 'out', run)[1]
+    assert row['AutoAttack'] == '62.50' and row['worst case'] == '13.00' and row['clean'] == '1.00'
+    del columns['square']  # it was interrupted
+    record.save(path, result | {'columns': columns})
+    assert 'AutoAttack' not in reported(tmp_path / 'out', run)[1][0]
 
 
 def test_ensembles_have_a_table(tmp_path):
