@@ -7,21 +7,21 @@
 #   bash run_all.sh --test    ruff and the tests
 # With the first three: --list prints the jobs as shell lines, which run from here in any order and
 # at once; --shard I/N takes every N-th job from the I-th on; flags behind -- go to every train.py;
-# only the parts named are run: table1, budget (Figures 2, 3, 4, 8, 11, 12), rate (Figure 5, C.2.3),
-# width (C.2.4), connect (C.2.5), theory (Figure 1); fig5, c24 and so on name them, too.
-# SEEDS="0 1 2" are run (--quick: "0 1"; connect pairs them), JOBS=1 at once (--small,
-# --quick: one per core). DATA_DIR=data holds mnist.npz and cifar10.npz. PYTHON=python3 is used if
-# it has the packages, else a .venv is made. The same command resumes; finished work is skipped.
+# only the parts named are run: table1, standard (AutoAttack on its runs; not in the paper), budget
+# (Figures 2, 3, 4, 8, 11, 12), rate (Figure 5, C.2.3), width (C.2.4), connect (C.2.5), theory
+# (Figure 1), or fig5, c24 ... SEEDS="0 1 2" are run (--quick: "0 1"; connect pairs them), JOBS=1 at
+# once (--small, --quick: one per core). DATA_DIR=data holds mnist.npz, cifar10.npz. PYTHON=python3
+# is used if it has the packages, else a .venv is made. The same command resumes.
 set -euo pipefail
 
-# The table. A row is EXPERIMENT:TASK:SCHEDULE:EPS:LR:WIDTH[:SEED]; its cost is in the comment. A
-# task is DATASET_MODEL and holds further flags of train.py, whose defaults are the paper's. With
-# tenths=80, PGD's step size is an eighth of eps: 3/80 for 0.3.
-paper() {  # cost: minutes of an H100, by arithmetic
+# The table: rows EXPERIMENT:TASK:SCHEDULE:EPS:LR:WIDTH[:SEED]. A task is DATASET_MODEL and holds
+# further flags of train.py. With tenths=80, PGD's step size is an eighth of eps: 3/80 for 0.3.
+paper() {  # cost: minutes of an H100, by arithmetic; table1 2,860
     mnist_lenet='--trace 2000' cifar10_resnet18='--trace 2000' cifar10_vgg='' tenths='' curve=''
-    evaluate='' pgd='' hessian='' similarity='--n-examples 10000' surface='--n-examples 1000'
-    rows=(table1:mnist_lenet:{constant,cosine,linear}:0.4:1e-4:16
-        table1:cifar10_{vgg,resnet18}:{constant,cosine,linear}{,_periodic}:8/255:0.1:8  # 2,860
+    evaluate='' standard='' pgd='' hessian=''
+    similarity='--n-examples 10000' surface='--n-examples 1000'
+    rows=({table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:1e-4:16
+        {table1,standard}:cifar10_{vgg,resnet18}:{constant,cosine,linear}{,_periodic}:8/255:0.1:8
         budget:mnist_lenet:constant:{0,0.1,0.2,0.3,0.4}:1e-4:16
         budget:cifar10_resnet18:constant:{0,2/255,4/255,8/255}:0.1:8  # 1,180
         rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{{1,3}e-{5,4,3},1e-2}:16  # 1,580
@@ -31,10 +31,10 @@ paper() {  # cost: minutes of an H100, by arithmetic
 small() {  # cost: seconds of a core
     mnist_lenet='--n-train 6000 --epochs 15 --n-iter 10 --n-eval 500' tenths=80
     mnist5k_lenet='--epochs 40 --batch-size 64 --n-iter 10 --n-eval 500 --trace 500'
-    evaluate='--n-examples 500' pgd='--n-examples 2000' hessian='--n-examples 500'
+    evaluate='--n-examples 500' standard=$evaluate pgd='--n-examples 2000' hessian=$evaluate
     similarity='--n-examples 250 --a 0 .02 .1 .5' surface='--n-examples 250 --grid 11'
     curve='--n-examples 500 --epochs 40 --lr 0.02 --points 11'
-    rows=(table1:mnist_lenet:{constant,cosine,linear}:0.4:3e-3:4  # 3,200
+    rows=({table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:3e-3:4  # 3,200
         budget:mnist5k_lenet:constant:{0,0.1,0.2,0.3,0.4}:1e-3:4  # 7,800
         rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{1e-4,3e-4,1e-3,3e-3,1e-2}:4  # 9,200
         width:mnist5k_lenet:constant:{0,0.3}:1e-3:{1,2,4}  # 1,900
@@ -43,11 +43,11 @@ small() {  # cost: seconds of a core
 quick() {  # cost: seconds of a core
     mnist5k_lenet='--n-train 2000 --epochs 6 --clock batch --batch-size 20 --n-iter 5 --n-eval 200'
     mnist5k_lenet+=' --trace 100' tenths=40
-    evaluate='--n-examples 50' pgd='--n-examples 50' hessian='--n-examples 100'
+    evaluate='--n-examples 50' standard='--n-examples 10' pgd=$evaluate hessian='--n-examples 100'
     similarity='--n-examples 50 --a 0 0.1 0.5' surface='--n-examples 50 --grid 7'
     curve='--n-examples 100 --epochs 20 --lr 0.02 --points 7'
     rows=(table1:mnist5k_lenet:{constant,cosine,linear}:0.4:4e-3:4
-        table1:mnist5k_lenet:linear_periodic:0.4:4e-3:4:"$first"  # 260
+        {table1,standard}:mnist5k_lenet:linear_periodic:0.4:4e-3:4:"$first"  # 260
         budget:mnist5k_lenet:constant:{0,0.1}:4e-3:4  # 140
         rate:mnist5k_lenet:{{constant,linear}:0.4:{1e-3,4e-3},warmup:0.4:4e-3}:4:"$first"  # 70
         width:mnist5k_lenet:constant:{0.4:4e-3:1,{0,0.1,0.4}:4e-3:4}  # 45
@@ -68,6 +68,7 @@ plan() {  # sets jobs to the name and shell line of each, report to the last com
                 "--lr $lr ${!task} --seed $seed$extra"
             case $part in
                 table1) add "evaluate.py $run $evaluate" ;;
+                standard) add "evaluate.py $run --standard $standard" ;;
                 budget) add "hessian.py $run $hessian"
                     [[ $eps == 0 ]] || add "landscape.py similarity $run $similarity"
                     [[ $seed != "$first" ]] || add "landscape.py surface $run $surface" ;;
@@ -114,7 +115,7 @@ main() {
             --list | --cpu | --test) printf -v "${1#--}" 1 ;;
             --shard) N=${2:?--shard takes I/N} I=${2%/*} N=${2#*/} && shift ;;
             -h | --help) sed -n '3,/^set/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
-            table1 | budget | rate | width | connect | theory) parts+=" $1" ;;
+            table1 | standard | budget | rate | width | connect | theory) parts+=" $1" ;;
             fig[2348] | fig1[12] | c22) parts+=' budget' ;; fig5 | c23) parts+=' rate' ;;
             fig1) parts+=' theory' ;; c24) parts+=' width' ;; c25) parts+=' connect' ;;
             appendix) parts+=' budget rate width connect' ;;
@@ -137,7 +138,7 @@ main() {
     [[ $size == paper ]] || py="OMP_NUM_THREADS=1 $py" cpu=1 JOBS=${JOBS:-$(nproc)}
     [[ $size != quick ]] || seeds='0 1'
     shared="$data --wait${cpu:+ --device cpu}" seeds=${SEEDS:-$seeds} first=${seeds%% *}
-    : "${parts:=table1 budget rate width connect theory}"
+    : "${parts:=table1 standard budget rate width connect theory}"
     [[ $seeds =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "SEEDS=\"$seeds\" is not a list such as \"0 1 2\""
     "$size" && plan
     [[ ${#jobs[@]} -gt 0 ]] || { echo 'no job is of this part, SEEDS and shard' && exit; }

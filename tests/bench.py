@@ -155,6 +155,20 @@ def attacks(args):
     attackers |= find_peers(args, net, eps)
     for key in 'apgd100_ce', 'apgd100_dlr', 'square5k':
         compare_attack(args, key, net, attackers, x, y, eps)
+    attackers |= {'ours': functools.partial(standard, network, eps)}
+    attackers.pop('torchattacks', None)  # its FAB and its AutoAttack are others
+    for key in 'fab_t', 'standard':
+        compare_attack(args, key, net, attackers, x, y, eps)
+
+
+def standard(model, eps, key, x, y):
+    """The attack `key` of AutoAttack's standard evaluation, or all, each on what is left."""
+    x_adv, left = x.clone(), correct(model, x, y)
+    for run in attack.STANDARD.values() if key == 'standard' else [attack.STANDARD[key]]:
+        rows = left.nonzero().squeeze(1)
+        x_adv[rows] = run(model, x[rows], y[rows], eps=eps, index=rows.cpu())
+        left[rows] = correct(model, x_adv[rows], y[rows])
+    return x_adv
 
 
 def compare_attack(args, key, net, attackers, x, y, eps):
@@ -185,9 +199,13 @@ def find_peers(args, model, eps):
         from autoattack import AutoAttack
 
         def auto_attack(key, x, y):
-            kind = {'apgd100_ce': 'apgd-ce', 'apgd100_dlr': 'apgd-dlr', 'square5k': 'square'}[key]
-            options = {'attacks_to_run': [kind], 'version': 'custom', 'verbose': False, 'seed': 0}
-            attacker = AutoAttack(model, norm='Linf', eps=eps, device=args.device, **options)
+            kind = {'apgd100_ce': 'apgd-ce', 'apgd100_dlr': 'apgd-dlr', 'square5k': 'square'}
+            options = {'attacks_to_run': [kind.get(key)], 'version': 'custom'}
+            options = options if key in kind else {'version': 'standard'}
+            options |= {'device': args.device, 'verbose': False, 'seed': 0}
+            attacker = AutoAttack(model, norm='Linf', eps=eps, **options)
+            if key == 'fab_t':
+                attacker.attacks_to_run = ['fab-t']
             return attacker.run_standard_evaluation(x, y, bs=250)
 
         found['AutoAttack'] = auto_attack

@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 from conftest import printed
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -91,6 +92,33 @@ def test_a_fold_is_the_same_function_and_stale_after_changes_until_refolded(name
     change(model)
     assert same_function(model, folded, x) != bool(folded.pairs)
     assert fast.folded(folded, x) is folded and same_function(model, folded, x)
+
+
+CLASSIFIERS = (
+    'resnet18 resnext50_32x4d wide_resnet50_2 vgg11_bn densenet121 mobilenet_v2 mobilenet_v3_small '
+    'shufflenet_v2_x0_5 mnasnet0_5 squeezenet1_1 regnet_y_400mf efficientnet_b0'
+).split()
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_torchvisions_classifiers_are_folded_as_they_are(name):
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=7).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in module.weight, module.bias, module.running_mean:
+                nn.init.normal_(value.detach(), 1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    before, x = copy.deepcopy(model.state_dict()), torch.rand(2, 3, 32, 32).double()
+    folded = fast.folded(model, x)
+    assert any(bn for _, _, bn in folded.pairs) or name == 'squeezenet1_1'
+    results = []
+    for net in model, folded:
+        with classifier.frozen(net):
+            results.append(classifier.loss_and_gradient(net, x, 1, torch.logsumexp))
+    for one, other in zip(*results):
+        assert (one - other).norm() <= 1e-12 * one.norm()
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
 def test_a_batch_norm_is_folded_right_behind_a_convolution_of_its_own_in_a_network_well_traced():
