@@ -7,6 +7,7 @@ parameters and is left as it was found.
 import contextlib
 import functools
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,10 @@ def wrong_classes(model, x, y, k, batch_size=250):
         refuse_nan(has_nan(logits))
         logits = logits.scatter(1, labels[:, None], -math.inf)
         found.append(logits.topk(min(k, logits.shape[1] - 1)).indices)
-    return torch.cat(found) if found else y.new_zeros(0, k)
+    found = torch.cat(found) if found else y.new_zeros(0, k)
+    if found.shape[1] < k:
+        warnings.warn(f'there are {found.shape[1]} wrong classes to aim at, not {k}', stacklevel=2)
+    return found
 
 
 def correct(model, x, y, batch_size=250):

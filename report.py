@@ -64,16 +64,22 @@ def read(folder, defaults):
     run.similarity = None if run.constant else run.similarity  # it has no adversarial examples
     found = {}  # images and seed -> an evaluation; the standard one is a column of it
     for result in load('evaluate'):
-        columns = result['columns']
-        if result.get('standard') and attack.STANDARD.keys() <= columns.keys():
-            columns = {'clean': columns['clean'], 'standard': columns['worst']}
         if sorted(result['digests']) == sorted(digests) and result['eps'] == config['eps']:
             one = found.setdefault((result['n'], result['seed']), result | {'columns': {}})
-            one['columns'] = columns | one['columns']
+            one['columns'] = columns_of(result) | one['columns']
     run.evaluations = list(found.values())
     pgd = [r['columns']['pgd'] | {'n': r['n']} for r in run.evaluations if 'pgd' in r['columns']]
     run.pgd = largest(pgd)
     return run
+
+
+def columns_of(result):
+    """The columns of an evaluation; those of a standard one are, if complete, one beside clean."""
+    columns = result['columns']
+    if result.get('standard'):
+        done = attack.STANDARD.keys() <= columns.keys()
+        return {'clean': columns['clean']} | ({'standard': columns['worst']} if done else {})
+    return columns
 
 
 def make_study(kind, runs):
@@ -207,7 +213,7 @@ def ensembles():
     for result in map(record.load, sorted(pathlib.Path('evals').glob('ensemble*/evaluate*.json'))):
         eps = data.show_eps(result['eps'], result['dataset'])
         row = {'members': ' + '.join(result['members']), 'dataset': result['dataset'], 'eps': eps}
-        columns = sorted(result['columns'].items(), key=lambda item: item[0] == 'worst')
+        columns = sorted(columns_of(result).items(), key=lambda item: item[0] == 'worst')
         errors = {attack.title(key): f'{100 * column["error"]:.2f}' for key, column in columns}
         rows.append(row | {'test images': result['n']} | errors)
     return pd.DataFrame(rows)

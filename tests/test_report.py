@@ -192,9 +192,13 @@ def test_ensembles_have_a_table(tmp_path):
     result = {'members': ['a', 'b'], 'dataset': 'cifar10', 'eps': 8 / 255, 'n': 500}
     columns = {'clean': {'error': 0.125}, 'apgd100_ce': {'error': 0.5}}
     record.save('evals/ensemble_x/evaluate.json', result | {'columns': columns})
+    standard = {key: {'error': 0.75} for key in ('clean', *attack.STANDARD, 'worst')}
+    result_2 = result | {'standard': True, 'columns': standard}
+    record.save('evals/ensemble_x/evaluate_standard.json', result_2)
     rows = reported(tmp_path / 'out', make_run(tmp_path / 'run'))[-1]
     expected = {'members': 'a + b', 'dataset': 'cifar10', 'eps': '8/255', 'test images': '500'}
-    assert rows == [expected | {'clean': '12.50', 'APGD100-CE': '50.00'}]
+    assert rows[0] == expected | {'clean': '12.50', 'APGD100-CE': '50.00', 'AutoAttack': '—'}
+    assert rows[1] == expected | {'clean': '75.00', 'APGD100-CE': '—', 'AutoAttack': '75.00'}
 
 
 def test_a_damaged_run_is_named_and_left_out(tmp_path):

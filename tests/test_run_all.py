@@ -105,7 +105,9 @@ def test_the_list_covers_the_papers_studies():
 
 def test_parts_seeds_and_shards_choose_the_jobs_and_a_typo_in_the_flags_none():
     whole, _ = listed('--quick')
-    assert listed('--quick', *'table1 rate width connect budget theory standard'.split())[0] == whole
+    assert (
+        listed('--quick', *'table1 rate width connect budget theory standard'.split())[0] == whole
+    )
     assert listed('--quick', 'appendix')[0] == listed('--quick', 'c24', 'c25', 'c23', 'fig8')[0]
     assert listed('fig1')[0] == [[['theory.py']]]
     assert {c['seed'] for c in settings('table1', SEEDS='7').values()} == {7}
