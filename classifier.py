@@ -28,7 +28,9 @@ def frozen(model):
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval().requires_grad_(False)
+        model.eval()
+        for parameter, _ in grads:
+            parameter.requires_grad_(False)
         yield
     finally:
         for module, mode in modes:
@@ -38,8 +40,15 @@ def frozen(model):
 
 
 def logits_of(model, x):
-    """The logits of x, (N, K), in the precision of x, but never in half precision."""
-    return model(x).to(torch.promote_types(x.dtype, torch.float32))
+    """The logits of x, (N, K), in the precision of x, but never in half precision.
+
+    ValueError if the model changes x, which is the caller's.
+    """
+    version = None if x.is_inference() else x._version
+    logits = model(x)
+    if version is not None and x._version != version:
+        raise ValueError('the model changes its input in place; let it work on a copy')
+    return logits.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def predict(model, x, batch_size=250):
@@ -113,7 +122,7 @@ def dlr(logits, y):
     if logits.shape[1] < 3:
         raise ValueError(f'dlr needs at least 3 classes, got {logits.shape[1]}')
     top = logits.topk(3, 1).values
-    return -margin(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+    return -margin(logits, y) / finite(top[:, 0] - top[:, 2] + 1e-12)
 
 
 def targeted_dlr(logits, y, target):
@@ -123,7 +132,12 @@ def targeted_dlr(logits, y, target):
         raise ValueError(f'targeted dlr needs at least 4 classes, got {logits.shape[1]}')
     top = logits.topk(4, 1).values
     z_y, z_target = (logits.gather(1, classes[:, None]).squeeze(1) for classes in (y, target))
-    return -(z_y - z_target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return -(z_y - z_target) / finite(top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+def finite(scale):
+    """nan for what is infinite, since a loss divided by it, and its gradient, would be 0."""
+    return scale.masked_fill(scale.isinf(), math.nan)
 
 
 LOSSES = {'ce': cross_entropy, 'dlr': dlr}

@@ -104,7 +104,7 @@ def to_plane(x, w, r):
     r is the value at x, (N,), of a linear function of slope w. All coordinates move as far, each as
     long as it has room; where all of it does not suffice, all is used.
     """
-    sign = -(per_image(r) * w).sign()  # where to move
+    sign = -per_image(r.sign()) * w.sign()  # where to move
     room = torch.where(sign > 0, 1 - x, x).masked_fill(sign == 0, 0).flatten(1)
     ordered, order = room.sort(1)
     slopes = w.abs().flatten(1).gather(1, order)
@@ -114,7 +114,8 @@ def to_plane(x, w, r):
     i = (used + ordered * slope < r.abs()[:, None]).sum(1, keepdim=True)
     last = room.shape[1] - 1
     used, slope = (values.gather(1, i.clamp(max=last)) for values in (used, slope))
-    d = torch.where(i > last, 1, (r.abs()[:, None] - used) / slope)
+    d = ((r.abs()[:, None] - used) / slope).nan_to_num(0)  # 0 / 0: there is no plane
+    d = torch.where(i > last, 1, d)
     return torch.minimum(room, d).view_as(x) * sign
 
 

@@ -28,7 +28,7 @@ import data
 import fast
 import record
 import rng
-from classifier import NotFiniteError, frozen, mean_loss
+from classifier import NotFiniteError, frozen, logits_of, mean_loss
 from eigen import density, power_iteration, top_eigenpairs, trace
 
 
@@ -76,17 +76,20 @@ class Hessian:
     def gradient(self, x, y):
         """A batch's part of the gradient, the parameters, and the bytes that its graph holds."""
         theta = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters()}
-        saved = {}
+        saved, versions = {}, []
 
         def note(tensor):
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            versions.append((tensor, tensor._version))
             return tensor
 
         with frozen(self.model), saved_tensors_hooks(note, lambda tensor: tensor):
-            logits = functional_call(self.model, theta, (x,))
+            logits = logits_of(lambda x: functional_call(self.model, theta, (x,)), x)
             loss = F.cross_entropy(logits, y, reduction='sum') / self.n
             theta = list(theta.values())
             gradient = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
+        if any(tensor._version != version for tensor, version in versions):  # hooks hide this
+            raise ValueError('the model changes in place what its gradient is computed from')
         return gradient, theta, sum(saved.values())
 
 

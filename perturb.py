@@ -69,10 +69,13 @@ def prepare(a):
         if not 0 <= low <= high <= 1:
             found = f'{low:.9g} to {high:.9g}'
             raise ValueError(f'images must lie in [0, 1], got {found}; normalise inside the model')
-        logits, (first, last) = a['model'](x[:1]), (y.min().item(), y.max().item())
+        probe, first, last = x[:1].clone(), y.min().item(), y.max().item()
+        logits = a['model'](probe)
         if not isinstance(logits, torch.Tensor):
             got = type(logits).__name__
             raise ValueError(f'the model must return the logits alone, not a {got}')
+        if not probe.equal(x[:1]):
+            raise ValueError('the model changes its input in place; let it work on a copy')
         refuse_nan(has_nan(logits))
         if logits.dim() != 2 or logits.shape[1] < 2:
             got = tuple(logits.shape)

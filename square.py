@@ -29,7 +29,7 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
     def measure(x_adv, y):
         logits = logits_of(model, x_adv)
         margins = margin(logits, y)
-        nan.logical_or_(has_nan(logits))
+        nan.logical_or_(has_nan(logits, margins))
         return margins.masked_fill(logits.argmax(1) != y, -math.inf)  # a misclassified one is done
 
     def start(rows):

@@ -532,3 +532,32 @@ def test_dlr_is_guarded_in_half_precision():
     x, y = torch.ones(2, 3), ZEROS[:2]
     logits = classifier.logits_of(lambda x: 0 * x.half(), x)
     assert logits.dtype == torch.float32 and (classifier.dlr(logits, y) == 0).all()
+
+
+def test_infinite_logits_are_refused_where_they_hide_the_loss():
+    x, y = images(4), ZEROS[:4]
+    two = torch.tensor([0, 0] + 8 * [-math.inf])  # DLR divides by infinity
+    for run in ALL['apgd_dlr'], ALL['apgd_t']:
+        with pytest.raises(classifier.NotFiniteError):
+            run(lambda x: steady(x) + two, x, y, 0.1)
+    model = Model(lambda x: steady(x) if len(model.passes) < 3 else steady(x) * math.inf)
+    with pytest.raises(classifier.NotFiniteError):  # margins of inf - inf
+        ALL['square'](model, x, y, 0.1)
+
+
+@each
+def test_a_model_that_changes_its_input_is_refused_and_the_images_stay(run):
+    x = images(4)
+    with pytest.raises(ValueError, match='changes its input in place'):
+        run(lambda x: steady(x.mul_(0.5)), x, ZEROS[:4], 0.1)
+    assert torch.equal(x, images(4))
+    with pytest.raises(ValueError, match='changes its input in place'):
+        classifier.correct(lambda x: steady(x.mul_(0.5)), images(4), ZEROS[:4])
+
+
+@each
+def test_a_traced_or_scripted_model_falls_like_itself(run):
+    model, x = lenet().eval(), images(4)
+    y = model(x).argmax(1)
+    for other in torch.jit.trace(model, x), torch.jit.script(model):
+        assert torch.allclose(run(other, x, y, 0.02), run(model, x, y, 0.02), atol=1e-9)

@@ -111,3 +111,11 @@ def test_targeted_dlr_is_invariant_to_shifts_and_scales_and_favours_its_target()
     assert torch.allclose(loss, by_hand, atol=1e-9)
     with pytest.raises(ValueError, match='at least 4 classes, got 3'):
         classifier.targeted_dlr(z[:, :3], y.clamp(max=2), y.clamp(max=2))
+
+
+def test_the_projection_does_not_depend_on_the_scale_of_the_plane():
+    torch.manual_seed(0)
+    x, w, r = torch.rand(9, 1, 2, 3), torch.randn(9, 1, 2, 3), torch.randn(9)
+    w[:2], r[:1] = 0, 0  # no plane, with the point on it or not
+    d = to_plane(x, w, r)
+    assert torch.allclose(to_plane(x, 1e-25 * w, 1e-25 * r), d, atol=1e-6) and not d[:2].any()

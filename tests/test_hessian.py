@@ -195,6 +195,13 @@ def test_small_pairs_that_are_not_zero_must_converge_too():
     assert not good.all() and torch.all(true[good] <= 1.1e-3)
 
 
+def test_a_model_that_changes_what_its_gradient_needs_is_refused():
+    model, x, y, v = tiny_network()
+    model[2].forward = lambda h: torch.sigmoid(h).mul_(2)
+    with pytest.raises(ValueError, match='changes in place what its gradient'):
+        hessian.hvp(model, x, y, v)
+
+
 def test_parameters_that_the_loss_does_not_use_have_zero_rows():
     model, x, y, v = tiny_network()
     expected = hessian.hvp(model, x, y, v)
