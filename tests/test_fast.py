@@ -95,8 +95,8 @@ def test_a_fold_is_the_same_function_and_stale_after_changes_until_refolded(name
 
 
 CLASSIFIERS = (
-    'resnet18 resnet34 resnext50_32x4d densenet121 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 '
-    'mnasnet0_5 squeezenet1_1 regnet_x_400mf regnet_y_400mf efficientnet_b0'
+    'resnet18 resnet34 resnext50_32x4d densenet121 mobilenet_v2 mobilenet_v3_small '
+    'shufflenet_v2_x0_5 mnasnet0_5 squeezenet1_1 regnet_x_400mf regnet_y_400mf efficientnet_b0'
 ).split()
 
 
