@@ -138,33 +138,31 @@ def their_step(args, net, x, y, c):
     return run, attacked
 
 
-def attacks(args):
-    """Attacks of Table 1 on --n test digits and a LeNet that PGD fools on some half of them."""
+STANDARD = 'fab_t', 'standard'
+
+
+def attacks(args, keys=('apgd100_ce', 'apgd100_dlr', 'square5k')):
+    """Attacks on --n test digits and a LeNet that PGD fools on some half of them."""
     flags = '--width 4 --eps-sched linear --epochs 15 --step-size 0.05 --n-iter 10 --lr 3e-3'
     machine = ['--device', args.device, '--data-dir', args.data_dir]
     train.main([*flags.split(), '--n-eval', '100', '--out', 'evals/bench', *machine])
-    path = record.members('evals/bench')[-1]
-    model, config = record.load_model(path)
-    model = model.to(args.device)
-    net, eps = copy.deepcopy(model).eval(), config['eps']
+    model, config = record.load_model(record.members('evals/bench')[-1])
+    net, eps = copy.deepcopy(model.to(args.device)).eval(), config['eps']
     if args.release:
         net = released(args, 'lenet', config['width'], model)
     _, _, x, y = (t[: args.n] for t in data.load('mnist5k', args.data_dir, args.device))
     network = fast.folded(model, x[:2])
-    attackers = {'ours': lambda key, x, y: attack.ATTACKS[key](network, x, y, eps)}
-    attackers |= find_peers(args, net, eps)
-    for key in 'apgd100_ce', 'apgd100_dlr', 'square5k':
-        compare_attack(args, key, net, attackers, x, y, eps)
-    attackers |= {'ours': functools.partial(standard, network, eps)}
-    attackers.pop('torchattacks', None)  # its FAB and its AutoAttack are others
-    for key in 'fab_t', 'standard':
+    attackers = {'ours': functools.partial(run_ours, network, eps)} | find_peers(args, net, eps)
+    if keys == STANDARD:
+        attackers.pop('torchattacks', None)  # its FAB and its AutoAttack are others
+    for key in keys:
         compare_attack(args, key, net, attackers, x, y, eps)
 
 
-def standard(model, eps, key, x, y):
-    """The attack `key` of AutoAttack's standard evaluation, or all, each on what is left."""
-    x_adv, left = x.clone(), correct(model, x, y)
-    for run in attack.STANDARD.values() if key == 'standard' else [attack.STANDARD[key]]:
+def run_ours(model, eps, key, x, y):
+    """An attack of Table 1 or of AutoAttack's standard evaluation, or the latter whole."""
+    x_adv, left, table = x.clone(), correct(model, x, y), attack.ATTACKS | attack.STANDARD
+    for run in attack.STANDARD.values() if key == 'standard' else [table[key]]:
         rows = left.nonzero().squeeze(1)
         x_adv[rows] = run(model, x[rows], y[rows], eps=eps, index=rows.cpu())
         left[rows] = correct(model, x_adv[rows], y[rows])
@@ -275,7 +273,8 @@ def find_products(args, model, x, y, v):
 
 
 PARTS = {name: functools.partial(step, name=name) for name in RELEASED}
-PARTS |= {'attacks': attacks, 'hessian': curvature}
+PARTS |= {'attacks': attacks, 'standard': functools.partial(attacks, keys=STANDARD)}
+PARTS['hessian'] = curvature
 
 
 def main(argv=None):
