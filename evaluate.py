@@ -219,6 +219,7 @@ def parse(argv):
     add('--ensemble', nargs='+', metavar='PATH', help='runs and checkpoints, as one ensemble')
     keys = list(attack.ATTACKS)
     add('--attacks', nargs='+', choices=keys, default=keys, help='columns of Table 1')
+    add = p.add_mutually_exclusive_group().add_argument
     add(
         '--worst',
         action='store_true',
