@@ -69,20 +69,27 @@ def prepare(a):
         if not 0 <= low <= high <= 1:
             found = f'{low:.9g} to {high:.9g}'
             raise ValueError(f'images must lie in [0, 1], got {found}; normalise inside the model')
-        probe, first, last = x[:1].clone(), y.min().item(), y.max().item()
-        logits = a['model'](probe)
-        if not isinstance(logits, torch.Tensor):
-            got = type(logits).__name__
-            raise ValueError(f'the model must return the logits alone, not a {got}')
-        if not probe.equal(x[:1]):
-            raise ValueError('the model changes its input in place; let it work on a copy')
-        refuse_nan(has_nan(logits))
-        if logits.dim() != 2 or logits.shape[1] < 2:
-            got = tuple(logits.shape)
-            raise ValueError(f'the model must return logits, (N, K), K at least 2, got {got}')
-        if not 0 <= first <= last < logits.shape[1]:
-            classes = f'0 .. {logits.shape[1] - 1}, the classes of the model'
-            raise ValueError(f'labels must be {classes}, got {first} .. {last}')
+        check_model(a['model'], a['x'][:1], a['y'])
+
+
+def check_model(model, x, y):
+    """ValueError if the model does not return logits of the image x, (1, C, H, W), or if the labels
+    y are not of its classes."""
+    probe = x.clone()
+    logits = model(probe)
+    if not probe.equal(x):
+        raise ValueError('the model changes its input in place; let it work on a copy')
+    if not isinstance(logits, torch.Tensor):
+        got = type(logits).__name__
+        raise ValueError(f'the model must return the logits alone, not a {got}')
+    if logits.dim() != 2 or logits.shape[1] < 2:
+        got = tuple(logits.shape)
+        raise ValueError(f'the model must return logits, (N, K), K at least 2, got {got}')
+    refuse_nan(has_nan(logits))
+    first, last, n_classes = y.min().item(), y.max().item(), logits.shape[1]
+    if not 0 <= first <= last < n_classes:
+        classes = f'0 .. {n_classes - 1}, the classes of the model'
+        raise ValueError(f'labels must be {classes}, got {first} .. {last}')
 
 
 def run_in_full_batches(waiting, batch_size, start, advance, finish):
