@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import torch
-from test_attack import at_half, images
+from test_attack import at_half, images, lenet
 from torch import nn
 
 import attack
@@ -78,6 +78,53 @@ def test_with_the_pixel_range_in_the_way_it_is_the_linear_programs():
         least = [nearest(x[i].flatten().numpy(), *plane) for plane in planes]
         least = min((t for t in least if t is not None), default=math.inf)
         assert least <= distance[i].item() + 1e-9 and distance[i].item() <= 1.02 * least
+
+
+def fab_of_one_image(f, x, n_iter, alpha_max, eta, beta):
+    """The least distance by Algorithm 1 of Croce & Hein 2020 for one image and one target; f gives
+    z_y - z_t, its gradient, and whether the point is misclassified."""
+
+    def project(point, w, r):  # by bisection
+        move = -np.sign(r * w)
+        room = np.where(move > 0, 1 - point, point) * (move != 0)
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = (abs(w) * np.minimum(middle, room)).sum() >= abs(r)
+            low, high = (low, middle) if enough else (middle, high)
+        return move * np.minimum(high, room)
+
+    z, least = x, math.inf
+    for _ in range(n_iter):
+        gap, w, _ = f(z)
+        d, d_0 = project(z, w, gap), project(x, w, gap + (w * (x - z)).sum())
+        length, length_0 = abs(d).max(), abs(d_0).max()
+        alpha = min(length / (length + length_0), alpha_max)
+        z = np.clip((1 - alpha) * (z + eta * d) + alpha * (x + eta * d_0), 0, 1)
+        if f(z)[2]:
+            least = min(least, abs(z - x).max())
+            z = x + beta * (z - x)
+    return least
+
+
+@pytest.mark.parametrize('settings', [(0.1, 1.05, 0.9), (0.5, 1.3, 0.6)])
+def test_fab_follows_algorithm_1_of_its_paper(settings):
+    model, x = lenet(), images(4)
+    order = model(x).argsort(1, descending=True)
+    y, target = order[:, 0], order[:, 1]
+    names = dict(zip(('alpha_max', 'eta', 'beta'), settings))
+    _, found = attack.fab(model, x, y, 1.0, 12, 1, best_distance=True, **names)
+    for i in range(4):
+
+        def f(z, i=i):
+            z = torch.from_numpy(z)[None].requires_grad_()
+            logits = model(z)[0]
+            gap = logits[y[i]] - logits[target[i]]
+            (w,) = torch.autograd.grad(gap, z)
+            return gap.item(), w[0].numpy(), logits.argmax() != y[i]
+
+        expected = fab_of_one_image(f, x[i].numpy(), 12, *settings)
+        assert found[i].item() == pytest.approx(expected, rel=1e-9) and expected < 1
 
 
 def test_targeted_attacks_find_all_that_falls_to_the_closed_form():
