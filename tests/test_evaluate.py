@@ -222,6 +222,7 @@ def test_a_standard_evaluation_killed_at_any_file_ends_as_one_in_one_go(
     evaluate.main(argv)
     text, (whole, robust) = capsys.readouterr().out, result_of(copies / 'triple')
     worst = whole['columns']['worst']['error']
+    assert whole['standard'] is True  # what report.py knows it by
     assert f"AutoAttack's robust accuracy: {100 - 100 * worst:.2f} %" in text
     kept = [robust[key] for key in ('clean', *attack.STANDARD)]
     assert np.array_equal(robust['worst'], np.logical_and.reduce(kept))
