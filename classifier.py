@@ -42,13 +42,23 @@ def frozen(model):
 def logits_of(model, x):
     """The logits of x, (N, K), in the precision of x, but never in half precision.
 
-    ValueError if the model changes x, which is the caller's.
+    ValueError if the model changes x, which is the caller's, or returns anything else.
     """
     version = None if x.is_inference() else x._version
     logits = model(x)
     if version is not None and x._version != version:
         raise ValueError('the model changes its input in place; let it work on a copy')
+    if not isinstance(logits, torch.Tensor):
+        got = type(logits).__name__
+        raise ValueError(f'the model must return the logits alone, not a {got}')
     return logits.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def checked_logits(model, x):
+    """`logits_of` the model, and NotFiniteError if one is nan."""
+    logits = logits_of(model, x)
+    refuse_nan(has_nan(logits))
+    return logits
 
 
 def predict(model, x, batch_size=250):
@@ -56,9 +66,7 @@ def predict(model, x, batch_size=250):
     classes = torch.empty(len(x), dtype=torch.long, device=x.device)
     with frozen(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
-            logits = logits_of(model, x[i : i + batch_size])
-            refuse_nan(has_nan(logits))
-            classes[i : i + batch_size] = logits.argmax(1)
+            classes[i : i + batch_size] = checked_logits(model, x[i : i + batch_size]).argmax(1)
     return classes
 
 
@@ -67,9 +75,7 @@ def wrong_classes(model, x, y, k, batch_size=250):
     there are fewer. The model is in eval mode."""
     found = []
     for images, labels in zip(x.split(batch_size), y.split(batch_size)):
-        logits = logits_of(model, images)
-        refuse_nan(has_nan(logits))
-        logits = logits.scatter(1, labels[:, None], -math.inf)
+        logits = checked_logits(model, images).scatter(1, labels[:, None], -math.inf)
         found.append(logits.topk(min(k, logits.shape[1] - 1)).indices)
     found = torch.cat(found) if found else y.new_zeros(0, k)
     if found.shape[1] < k:
@@ -90,8 +96,7 @@ def mean_loss(model, x, y, batch_size=250):
     loss, errors = x.new_zeros((), dtype=torch.float64), 0
     with frozen(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
-            logits, labels = logits_of(model, x[i : i + batch_size]), y[i : i + batch_size]
-            refuse_nan(has_nan(logits))
+            logits, labels = checked_logits(model, x[i : i + batch_size]), y[i : i + batch_size]
             loss += cross_entropy(logits, labels).sum()
             errors += (logits.argmax(1) != labels).sum()
     return loss.item() / len(x), errors.item() / len(x)

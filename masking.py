@@ -44,7 +44,7 @@ def signs(model, x, y, robust, batch_size=250):
                 'misleads it; read the columns of APGD and Square'
             )
     square, gradients = np.ones(n, bool), np.ones(n, bool)
-    for key in robust.keys() - {'clean', 'worst'}:
+    for key in robust.keys() - {'clean'}:
         (square if key.startswith('square') else gradients)[~robust[key]] = False
     only = (~square & gradients).sum()
     if only > 2 + 0.01 * n and len(robust) > 2:

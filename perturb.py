@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from classifier import frozen, has_nan, refuse_nan
+from classifier import frozen, has_nan, logits_of, refuse_nan
 
 
 def attack(run):
@@ -75,13 +75,7 @@ def prepare(a):
 def check_model(model, x, y):
     """ValueError if the model does not return logits of the image x, (1, C, H, W), or if the labels
     y are not of its classes."""
-    probe = x.clone()
-    logits = model(probe)
-    if not probe.equal(x):
-        raise ValueError('the model changes its input in place; let it work on a copy')
-    if not isinstance(logits, torch.Tensor):
-        got = type(logits).__name__
-        raise ValueError(f'the model must return the logits alone, not a {got}')
+    logits = logits_of(model, x.clone())
     if logits.dim() != 2 or logits.shape[1] < 2:
         got = tuple(logits.shape)
         raise ValueError(f'the model must return logits, (N, K), K at least 2, got {got}')

@@ -125,7 +125,7 @@ def of_paper(config, varied=frozenset()):
     flags = ['--dataset', row[0], '--model', row[1], '--eps-sched', row[3]]
     flags += ['--periodic'] * (periodic == 'yes')
     flags += ['--eps', repr(config['eps'])] * ('eps' in varied)  # which brings its steps along
-    paper = vars(train.settings(train.parser().parse_args(flags)))
+    paper = train.config_of(flags)
     free = FREE | {'precision'} | varied & {'lr', 'lr_warmup', 'width'}
     config = paper | config  # what an older one lacks counts as its default
     return all(config[name] == paper.get(name, ...) for name in config.keys() - free)
@@ -270,7 +270,7 @@ def main(argv=None):
     add('--theory', default='evals/theory.json', type=pathlib.Path, help='what theory.py wrote')
     add('--out', default='results', type=pathlib.Path, help='folder to write to')
     args = parser.parse_args(argv)
-    defaults, runs, damaged = vars(train.settings(train.parser().parse_args([]))), {}, []
+    defaults, runs, damaged = train.config_of([]), {}, []
 
     def load(paths):
         paths = {path.resolve(): path for path in record.find_runs(paths)}

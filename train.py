@@ -222,6 +222,11 @@ def settings(args):
     return c
 
 
+def config_of(flags):
+    """The config of the run that a list of flags asks for, as a dict."""
+    return vars(settings(parser().parse_args(flags)))
+
+
 def parser():
     """The command line; flags without a default have the paper's for the dataset."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
@@ -275,7 +280,7 @@ def main(argv=None):
     print(f'{folder} on {args.device}: {data.show_settings(names, vars(c))}')
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # a resumed run is bit-identical
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    defaults = vars(settings(parser().parse_args([])))
+    defaults = config_of([])
     config, diverged = folder / 'config.json', folder / 'diverged.json'
     with record.lock(folder, args.wait):
         state = record.start(folder, vars(c), defaults, args.device)
