@@ -106,17 +106,15 @@ def to_plane(x, w, r):
     """
     sign = -per_image(r.sign()) * w.sign()  # where to move
     room = torch.where(sign > 0, 1 - x, x).masked_fill(sign == 0, 0).flatten(1)
-    ordered, order = room.sort(1)
-    slopes = w.abs().flatten(1).gather(1, order)
-    # while d is in the room of the i-th: |r| falls by used + d * slope
-    slope = slopes.flip(1).cumsum(1).flip(1)
-    used = (slopes * ordered).cumsum(1) - slopes * ordered
-    i = (used + ordered * slope < r.abs()[:, None]).sum(1, keepdim=True)
-    last = room.shape[1] - 1
-    used, slope = (values.gather(1, i.clamp(max=last)) for values in (used, slope))
-    d = ((r.abs()[:, None] - used) / slope).nan_to_num(0)  # 0 / 0: there is no plane
-    d = torch.where(i > last, 1, d)
-    return torch.minimum(room, d).view_as(x) * sign
+    slopes, d, d_next = w.abs().flatten(1), r * 0 - 1, r * 0
+    # Newton's method on |r| = sum |w_i| min(room_i, d), piecewise linear and concave in d, rises
+    # to the exact d in a few steps
+    while (d_next > d).any():
+        d = d_next
+        spent = (room <= d[:, None]).to(w)
+        d_next = (r.abs() - (spent * room * slopes).sum(1)) / (slopes - spent * slopes).sum(1)
+        d_next = d_next.nan_to_num(0).clamp(max=1)  # 0 / 0: there is no plane; 1: out of reach
+    return torch.minimum(room, d[:, None]).view_as(x) * sign
 
 
 def length(d):
