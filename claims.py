@@ -25,7 +25,7 @@ ATTACKS |= {'square5k': {'n_queries': 5000}}
 COMPARED = [
     ('eps_sched', 'constant', s, k) for s in ('linear', 'cosine') for k in ('clean', 'robust')
 ]
-COMPARED += [('periodic', 'no', 'yes', 'robust')]
+COMPARED += [('periodic', 'no', 'yes', 'robust'), ('model', 'vgg', 'resnet18', 'robust')]
 FIELDS = ['claim', 'full', 'place', 'verdict', 'ours', 'n']
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
 TITLES = [attack.title(key) for key in ATTACKS]
@@ -41,12 +41,17 @@ CLAIMS = {
     'cosine clean': ('A cosine eps beats a constant one: points of clean error', 'Table 1'),
     'cosine robust': ('A cosine eps beats a constant one: points of robust error', 'Table 1'),
     'yes robust': ('An ensemble of periods beats the last model: points of robust error', ''),
+    'resnet18 robust': ('ResNet18 beats VGG: points of robust error', ''),
     'rates': ('A warm-up of eps makes more learning rates usable: how many more', 'Figure 5'),
     'warm-up': ('A warm-up of lr does not replace that of eps: points of PGD error', 'C.2.3'),
     'first': ('Larger eps, smaller gradients at first: decades', 'Figures 2a, 8'),
+    'slower': ('Larger eps, slower first updates: points of robust training error', 'Figure 2b'),
+    'nearer': ('Larger eps, nearer to the initial point at first: decades', 'Figure 2c'),
     'last': ('Larger eps, larger gradients in the end: decades', 'Figures 2d, 8'),
+    'loss': ('Larger eps, more of the training loss is left in the end: decades', 'Figure 11'),
     'sharper': ('Larger eps, sharper minima: decades of the top eigenvalue', 'Figure 3'),
     'similar': ('Perturbations differ most along the top eigenvector: cosine', 'Figure 4'),
+    'steeper': ('Robust error rises most along the top eigenvector: points', 'Section 4.2'),
     'connected': ('Adversarial minima are less connected: barrier of L_eps', 'C.2.5'),
     'dead': ('A layer dies in the narrowest models, not in the widest: 1 or 0', 'C.2.4'),
     'proposition 1': ('A linear model is robust up to one eps, and to no larger', 'Section 3.1'),
@@ -78,16 +83,16 @@ def of_table(frame, settings):
     frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
     frame = frame.dropna(subset='robust')
     for column, baseline, other, kind in COMPARED:
-        tied = {'eps_sched': 'eps_max', 'periodic': 'periods'}[column]
+        tied = {'eps_sched': 'eps_max', 'periodic': 'periods'}.get(column, column)
         same = [name for name in settings if name not in (column, tied)]
         before, after = (frame[frame[column] == value] for value in (baseline, other))
         before = before.drop_duplicates([*same, 'seed'])
         pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
         for _, rows in pairs.groupby([*same, tied], sort=False, dropna=False):
             row, less = rows.iloc[0], rows[f'{kind} before'] - rows[kind]
-            place = row['place'] + ' (periodic)' * (row['periodic'] == 'yes')
-            if column == 'periodic':
-                place = f'{row["place"]} ({row["eps_sched"]} eps)'
+            more = [f'{row["eps_sched"]} eps'] * (column != 'eps_sched')
+            more += ['periodic'] * (row['periodic'] == 'yes' and column != 'periodic')
+            place = row['place'] + f' ({", ".join(more)})' * bool(more)
             stuck = int(rows['constant before'].sum())
             full = row['full'] and row['full before']
             yield finding(f'{other} {kind}', full, place, less, untrained=stuck)
@@ -102,16 +107,24 @@ def measures(run):
         constant = config['eps_sched'] == 'constant'
         found['kind'] = kind if constant else f'{kind}, {found["kind"]}'
     if run.trace:
-        n, norms = run.trace['n'], [row['grad_norm'] for row in run.trace['rows']]
-        found['gradient, first tenth'] = np.mean(norms[: max(1, n // 10)])
-        found['gradient, last'] = np.mean(norms[-n:])
+        n, rows = run.trace['n'], pd.DataFrame(run.trace['rows'])
+        first, tenth = rows[:n], max(1, n // 10)
+        found['gradient, first tenth'] = decades(first['grad_norm'][:tenth].mean())
+        found['gradient, last'] = decades(rows['grad_norm'][-n:].mean())
+        error = first['robust_error']
+        found['error falls'] = 100 * (error[:tenth].mean() - error[-tenth:].mean())
+        found['distance'] = decades(first['distance'].iloc[-1])
+    if run.log:
+        found['loss left'] = decades(run.log[-1]['loss'] / run.log[0]['loss'])
     if run.hessian:
         eigen, scale = run.hessian['eigen'], np.mean(run.hessian['random_losses'])
         top = eigen['values'][0] if eigen['converged'][0] else np.nan
-        found['normalised'] = top / scale
+        found['normalised'] = decades(top / scale)  # a saddle is no minimum
     if run.similarity:
-        points = pd.DataFrame(run.similarity['points']).query('a > 0')
-        found |= points.groupby('direction')['cosine'].mean().add_prefix('cosine, ').to_dict()
+        points = pd.DataFrame(run.similarity['points'])
+        away, here = (points.query(a).groupby('direction').mean() for a in ('a > 0', 'a == 0'))
+        found |= away['cosine'].add_prefix('cosine, ').to_dict()
+        found |= (100 * (away - here)['robust_error']).add_prefix('rise, ').to_dict()
     if run.connect:
         found['barrier'] = run.connect['barriers'][run.connect['curve']]
     if run.dead:
@@ -120,6 +133,11 @@ def measures(run):
     if run.pgd or run.diverged:  # a diverged run errs always
         found['pgd'] = run.pgd['error'] if run.pgd else 1.0
     return found
+
+
+def decades(value):
+    """log10, nan of what is not above 0."""
+    return np.log10(value) if value > 0 else np.nan
 
 
 def place(config, full):
@@ -141,23 +159,28 @@ def of_budget(study):
     """Section 4, under a constant eps. A constant classifier has reached no minimum."""
     frame = study.frame[study.frame['eps_sched'] == 'constant']
     trained = frame[frame['constant'] == 0]
-    for claim, analysis, rows, name, sign, unit in (
-        ('first', 'trace', frame, 'gradient, first tenth', -1, 'seed'),
-        ('last', 'trace', trained, 'gradient, last', 1, 'seed'),
-        ('sharper', 'hessian', trained, 'normalised', 1, 'seed'),
-        ('connected', 'connect', trained, 'barrier', 1, 'pair'),
+    for claim, analysis, rows, name, sign in (
+        ('first', 'trace', frame, 'gradient, first tenth', -1),
+        ('slower', 'trace', frame, 'error falls', -1),
+        ('nearer', 'trace', frame, 'distance', -1),
+        ('last', 'trace', trained, 'gradient, last', 1),
+        ('loss', 'trace', frame, 'loss left', 1),
+        ('sharper', 'hessian', trained, 'normalised', 1),
+        ('connected', 'connect', trained, 'barrier', 1),
     ):
         table = by_seed(rows, 'eps', name)
-        if claim != 'connected':  # decades; a saddle, below 0, is no minimum
-            table = np.log10(table.where(table > 0)).dropna(axis=1)
         if table.shape[1] > 1:
             place = f'{study.place} to eps {data.show_eps(table.columns[-1], study.dataset)}'
             rise = sign * (table.iloc[:, -1] - table.iloc[:, 0])
+            unit = 'pair' if claim == 'connected' else 'seed'
             yield finding(claim, study.full[analysis], place, rise, unit)
-    less = trained.get('cosine, random', np.nan) - trained.get('cosine, eigenvector', np.nan)
-    table = by_seed(trained.assign(less=less), 'eps', 'less')
-    if table.size:
-        yield finding('similar', study.full['similarity'], study.place, table.mean(axis=1))
+    for claim, name, sign in ('similar', 'cosine', -1), ('steeper', 'rise', 1):
+        along, random = (
+            trained.get(f'{name}, {direction}', np.nan) for direction in ('eigenvector', 'random')
+        )
+        table = by_seed(trained.assign(more=sign * (along - random)), 'eps', 'more')
+        if table.size:
+            yield finding(claim, study.full['similarity'], study.place, table.mean(axis=1))
 
 
 def of_rate(study, usable=0.5):

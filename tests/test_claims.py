@@ -94,6 +94,19 @@ def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
     assert ours.startswith('mnist lenet of width 16 (constant eps): 2.95 (')
 
 
+def test_networks_are_compared_under_one_schedule(tmp_path):
+    for seed, (model, robust) in itertools.product(range(2), (('vgg', 54), ('resnet18', 50))):
+        for sched in 'constant', 'linear':
+            flags = f'--dataset cifar10 --model {model} --eps-sched {sched} --periodic'
+            errors = [25, *[robust + seed * (model == 'vgg')] * 6]
+            make_run(tmp_path / f'{model}{seed}{sched}', f'{flags} --seed {seed}', errors=errors)
+    full, _, ours, theirs, n = judged(tmp_path)['resnet18 robust']
+    assert full == 'inconclusive: ' + ', '.join(
+        f'cifar10 resnet18 ({sched} eps, periodic)' for sched in ('constant', 'linear')
+    )
+    assert ours.count(': 4.5 (') == 2 and n == '2 seeds' and theirs.count(';') == 5
+
+
 def test_an_ensemble_is_not_compared_with_a_model_of_fewer_epochs(tmp_path):
     for seed, name, flags in itertools.product((0, 1), 'ab', ('--periodic', '--epochs 50')):
         make_run(tmp_path / f'{seed}{name}{flags}', f'--seed {seed} {SMALL} {flags}')
@@ -145,7 +158,13 @@ def budget_runs(folder, flags=SMALL, n=50):
     for eps, seed in itertools.product((0, 0.1, 0.2), (0, 1)):
         share = (1 + 0.05 * seed) * eps / 0.2
         run = make_run(folder / f'{eps}{seed}', f'--eps {eps} --seed {seed} {flags}')
-        analyse(run, (100**-share, 10**share), 10**share, n, cosine=(0.4 - 0.1 * seed, 0.8))
+        gradients, cosine = (100**-share, 10**share), (0.4 - 0.1 * seed, 0.8)
+        first = {'fallen': 0.1 + 0.3 * share, 'distance': 100**-share}
+        for row in (log := record.load(f'{run}/log.jsonl')):
+            row['loss'] = 2.0
+        log[-1]['loss'] = 0.02 * 10**share
+        record.save(f'{run}/log.jsonl', log)
+        analyse(run, gradients, 10**share, n, cosine, risen=(0.8 + 0.1 * seed, 0.6), **first)
     return folder
 
 
@@ -155,8 +174,9 @@ def test_what_changes_with_eps_is_measured_in_decades(tmp_path):
         connect(runs / f'{eps}0', runs / f'{eps}1', 0.5 + eps)
     rows = judged('--budget', runs)
     place = 'mnist lenet of width 16 to eps 0.2'
-    # (2 + 2.1) / 2, (1 + 1.05) / 2, 0.8 - (0.4 + 0.3) / 2
+    # (2 + 2.1) / 2, (1 + 1.05) / 2, 0.8 - (0.4 + 0.3) / 2; 30 (1 + 1.05) / 2, (30 + 40) / 2 - 10
     expected = {'first': '2.05', 'last': '1.02', 'sharper': '1.02', 'similar': '0.45'}
+    expected |= {'slower': '30.8', 'nearer': '2.05', 'loss': '1.02', 'steeper': '25'}
     for claim, value in expected.items():
         assert f': {value} (' in rows[claim][2] and rows[claim][-1] == '2 seeds'
     assert rows['first'][1] == f'holds: {place}'

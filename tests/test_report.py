@@ -49,19 +49,35 @@ def make_run(folder, flags='', n=10000, errors=ERRORS, settings=SETTINGS, classe
     return str(folder)
 
 
-def analyse(folder, gradients=(1, 1), top=1.0, n=50, cosine=(0.4, 0.8), dead=False, scale=2.0):
+def analyse(
+    folder,
+    gradients=(1, 1),
+    top=1.0,
+    n=50,
+    cosine=(0.4, 0.8),
+    dead=False,
+    scale=2.0,
+    fallen=0.5,
+    distance=1.0,
+    risen=(0.5, 0.5),
+):
     """Adds to a run made by make_run what the analyses leave, made up."""
     config, digest = record.load_config(folder), record.digest(f'{folder}/period1.pt')
     head = {'eps': config['eps'], 'digest': digest, 'n': n, 'complete': True}
-    half = [{'robust_error': 0.5, 'distance': 1.0, 'grad_norm': g} for g in gradients]
-    rows = [row | {'step': step} for step, row in enumerate([half[0]] * 20 + [half[1]] * 20)]
+    row = {'robust_error': 0.5, 'distance': 0.0}
+    start, end = ({**row, 'grad_norm': g} for g in gradients)
+    rows = [start] * 10 + [start | {'robust_error': fallen, 'distance': distance}] * 10 + [end] * 20
+    rows = [row | {'step': step} for step, row in enumerate(rows)]
     record.save(f'{folder}/trace.jsonl', rows)
     eigen = {'values': [top, -0.5], 'converged': [True, True]}
     hessian = {'loss': 0.25, 'robust_error': 0.125, 'random_losses': [scale], 'eigen': eigen}
     record.save(f'{folder}/hessian.json', head | hessian)
-    cosines = (('eigenvector', cosine[0]), ('random', cosine[1]))
-    points = [{'direction': name, 'a': 0.1, 'cosine': value} for name, value in cosines]
-    points = [point | {'robust_error': 0.5} for point in points]
+    directions = {'eigenvector': (cosine[0], risen[0]), 'random': (cosine[1], risen[1])}
+    points = [
+        {'direction': name, 'a': a, 'cosine': value, 'robust_error': error}
+        for name, end in directions.items()
+        for a, (value, error) in ((0.0, (1.0, 0.5)), (0.1, end))
+    ]
     record.save(f'{folder}/similarity.json', head | {'points': points})
     grid = [{'a': a, 'b': b, 'loss': a * a + b} for a in (0.0, 0.5, 1.0) for b in (0.0, 0.5)]
     record.save(f'{folder}/surface.json', head | {'points': grid})
