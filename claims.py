@@ -90,11 +90,12 @@ def of_table(frame, settings):
         pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
         for _, rows in pairs.groupby([*same, tied], sort=False, dropna=False):
             row, less = rows.iloc[0], rows[f'{kind} before'] - rows[kind]
-            more = [f'{row["eps_sched"]} eps'] * (column != 'eps_sched')
-            more += ['periodic'] * (row['periodic'] == 'yes' and column != 'periodic')
-            place = row['place'] + f' ({", ".join(more)})' * bool(more)
             stuck = int(rows['constant before'].sum())
             full = row['full'] and row['full before']
+            more = [] if full else [f'eps {row["eps"]}']
+            more += [f'{row["eps_sched"]} eps'] * (column != 'eps_sched')
+            more += ['periodic'] * (row['periodic'] == 'yes' and column != 'periodic')
+            place = row['place'] + f' ({", ".join(more)})' * bool(more)
             yield finding(f'{other} {kind}', full, place, less, untrained=stuck)
 
 

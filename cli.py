@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import sys
 
 import torch
@@ -31,6 +32,11 @@ def budget(text):
     if not abs(value) <= 2:
         raise argparse.ArgumentTypeError(f'{text} is not in [0, 1]: did you mean {text}/255?')
     return value
+
+
+def step(text):
+    """A type for argparse: a step as a `budget`, or eps/8, which stays as it is."""
+    return text if re.fullmatch(r'eps/[1-9]\d*', text) else budget(text)
 
 
 def count(text):

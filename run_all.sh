@@ -2,7 +2,7 @@
 # shellcheck disable=SC2016,SC2034,SC2329  # tasks and sizes are called by name
 # The experiments of the paper: each run is trained and measured, then all are reported.
 #   bash run_all.sh           the whole paper on a GPU, some 100 hours of an H100, or with --cpu
-#   bash run_all.sh --small   the same with narrow LeNets: hours on two CPU cores
+#   bash run_all.sh --small   the same with narrow networks: some 20 hours on two CPU cores
 #   bash run_all.sh --quick   the same in miniature: minutes on two CPU cores
 #   bash run_all.sh --test    ruff and the tests
 # With the first three: --list prints the jobs as shell lines, which run from here in any order and
@@ -15,9 +15,9 @@
 set -euo pipefail
 
 # The table: rows EXPERIMENT:TASK:SCHEDULE:EPS:LR:WIDTH[:SEED]. A task is DATASET_MODEL and holds
-# further flags of train.py. With tenths=80, PGD's step size is an eighth of eps: 3/80 for 0.3.
+# further flags of train.py.
 paper() {  # cost: minutes of an H100, by arithmetic; table1 2,860
-    mnist_lenet='--trace 2000' cifar10_resnet18='--trace 2000' cifar10_vgg='' tenths='' curve=''
+    mnist_lenet='--trace 2000' cifar10_resnet18='--trace 2000' cifar10_vgg='' curve=''
     evaluate='' standard='' pgd='' hessian=''
     similarity='--n-examples 10000' surface='--n-examples 1000'
     rows=({table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:1e-4:16
@@ -29,12 +29,18 @@ paper() {  # cost: minutes of an H100, by arithmetic; table1 2,860
         connect:{mnist_lenet:constant:{0,0.4}:1e-4:16,cifar10_resnet18:constant:{0,8/255}:0.1:8})
 }
 small() {  # cost: seconds of a core
-    mnist_lenet='--n-train 6000 --epochs 15 --n-iter 10 --n-eval 500' tenths=80
-    mnist5k_lenet='--epochs 40 --batch-size 64 --n-iter 10 --n-eval 500 --trace 500'
+    local digits='--n-iter 10 --step-size eps/8 --n-eval 500'
+    mnist_lenet="--n-train 6000 --epochs 15 $digits"
+    mnist5k_lenet="--epochs 40 --batch-size 64 --trace 500 $digits"
+    local cifar10='--epochs 100 --batch-size 32 --n-iter 5 --step-size 2.5/255 --n-eval 250'
+    cifar10_lenet="--n-train 2000 $cifar10" cifar10_resnet18="--n-train 1000 $cifar10"
     evaluate='--n-examples 500' standard=$evaluate pgd='--n-examples 2000' hessian=$evaluate
     similarity='--n-examples 250 --a 0 .02 .1 .5' surface='--n-examples 250 --grid 11'
     curve='--n-examples 500 --epochs 40 --lr 0.02 --points 11'
-    rows=({table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:3e-3:4  # 3,200
+    rows=({table1,standard}:cifar10_resnet18:{linear,constant,cosine}{,_periodic}:8/255:0.05:4
+        {table1,standard}:cifar10_lenet:{linear,constant,cosine}{,_periodic}:8/255:0.02:8
+        {table1,standard}:mnist_lenet:{constant,cosine,linear}{,_periodic}:0.3:3e-3:4
+        {table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:3e-3:4
         budget:mnist5k_lenet:constant:{0,0.1,0.2,0.3,0.4}:1e-3:4  # 7,800
         rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{1e-4,3e-4,1e-3,3e-3,1e-2}:4  # 9,200
         width:mnist5k_lenet:constant:{0,0.3}:1e-3:{1,2,4}  # 1,900
@@ -42,7 +48,7 @@ small() {  # cost: seconds of a core
 }
 quick() {  # cost: seconds of a core
     mnist5k_lenet='--n-train 2000 --epochs 6 --clock batch --batch-size 20 --n-iter 5 --n-eval 200'
-    mnist5k_lenet+=' --trace 100' tenths=40
+    mnist5k_lenet+=' --step-size eps/4 --trace 100'
     evaluate='--n-examples 50' standard='--n-examples 10' pgd=$evaluate hessian='--n-examples 100'
     similarity='--n-examples 50 --a 0 0.1 0.5' surface='--n-examples 50 --grid 7'
     curve='--n-examples 100 --epochs 20 --lr 0.02 --points 7'
@@ -64,7 +70,7 @@ plan() {  # sets jobs to the name and shell line of each, report to the last com
             [[ ! $runs =~ (ckpts/[^ ]*/$name)\  ]] || run=${BASH_REMATCH[1]}  # of a row above
             runs+="$run " line=''
             add "train.py --out $run --dataset ${task%_*} --model ${task#*_} --width $width" \
-                "--eps $eps ${tenths:+--step-size ${eps#0.}/$tenths} --eps-sched ${flags/_/ --}" \
+                "--eps $eps --eps-sched ${flags/_/ --}" \
                 "--lr $lr ${!task} --seed $seed$extra"
             case $part in
                 table1) add "evaluate.py $run $evaluate" ;;

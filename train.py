@@ -201,6 +201,8 @@ def settings(args):
     paper['eps_max'] = paper['eps_max'].get(args.eps_sched, 2 * paper['eps'])
     given = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     c = argparse.Namespace(**{k: paper.get(k) if v is None else v for k, v in given.items()})
+    if isinstance(c.step_size, str):
+        c.step_size = c.eps / int(c.step_size.removeprefix('eps/'))
     if c.width is None:
         c.width = models.MODELS[c.model].default_width
     if not c.periods:
@@ -253,7 +255,7 @@ def parser():
     add('--lr-warmup', type=float, default=0.0, help='share of a period in which lr rises from 0')
     add('--momentum', type=float, default=0.9, help='of sgd')
     add('--weight-decay', type=float, help='0 for MNIST, 1e-3 for CIFAR10')
-    add('--step-size', type=cli.budget, help='of PGD at eps; 0.01 for MNIST, eps/4 for CIFAR10')
+    add('--step-size', type=cli.step, help='of PGD at eps; 0.01 for MNIST, eps/4 for CIFAR10')
     add('--n-iter', type=cli.count, help='of PGD; eps/0.01 + 10 for MNIST, 10 for CIFAR10')
     add('--start', choices=('step', 'eps'), default='step', help='PGD starts in +-step_size or eps')
     add('--augment', action=argparse.BooleanOptionalAction, help='crop and flip; for CIFAR10')

@@ -69,7 +69,7 @@ def test_schedules_are_compared_seed_by_seed(tmp_path):
 
 def test_smaller_runs_prove_nothing_at_the_papers_size(tmp_path):
     full, small, *_ = judged(table_runs(tmp_path / 'runs', flags='--n-train 9'))['linear clean']
-    assert (full, small) == ('—', 'holds: mnist lenet of width 16')
+    assert (full, small) == ('—', 'holds: mnist lenet of width 16 (eps 0.4)')
 
 
 def test_a_gap_to_a_constant_classifier_proves_nothing(tmp_path):
@@ -91,7 +91,7 @@ def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
         flags = f'--periodic --seed {seed} {SMALL}'
         make_run(tmp_path / f'{seed}p', flags, errors=[1, *[robust] * 6])
     ours = judged(tmp_path)['yes robust'][2]
-    assert ours.startswith('mnist lenet of width 16 (constant eps): 2.95 (')
+    assert ours.startswith('mnist lenet of width 16 (eps 0.4, constant eps): 2.95 (')
 
 
 def test_networks_are_compared_under_one_schedule(tmp_path):

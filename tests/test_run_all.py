@@ -100,7 +100,8 @@ def test_the_list_covers_the_papers_studies():
     assert widths == {(width, eps) for width in (1, 2, 4, 16) for eps in (0, 0.4)}
     assert {c['eps'] for c in settings('c25').values()} == {0, 0.4, 8 / 255}
     for size, share in ('--small', 1 / 8), ('--quick', 1 / 4):
-        assert all(c['step_size'] == c['eps'] * share for c in settings(size).values())
+        runs = [c for c in settings(size).values() if c['dataset'] != 'cifar10']
+        assert all(c['step_size'] == c['eps'] * share for c in runs)
 
 
 def test_parts_seeds_and_shards_choose_the_jobs_and_a_typo_in_the_flags_none():

@@ -247,6 +247,7 @@ def test_the_budget_0_is_clean_training(tiny, tmp_path):
         ('--periods 3 2 --epochs 4', '--periods .*--epochs'),
         ('--eps -0.1', '--eps -0.1 is out'),
         ('--step-size 0', '--step-size 0 is out'),
+        ('--step-size eps/0', "--step-size: 'eps/0'"),
         ('--lr-warmup 2', '--lr-warmup 2.0 is out'),
         ('--n-eval -1', '--n-eval -1 is out'),
         ('--dataset cifar10 --eps-min 9/255 --eps-max 0', '--eps-min 9/255 --eps-max 0 is out'),
@@ -273,6 +274,10 @@ def test_a_bad_flag_is_named_with_its_value_before_anything_is_written(flags, me
         (
             'mnist --eps-sched cosine',
             'lenet 16 [100] 0.4 0.6 0.01 50 adam 0.0001 constant 0.0 False',
+        ),
+        (
+            'mnist --eps 0.2 --step-size eps/8',
+            'lenet 16 [100] 0.2 0.2 0.025 30 adam 0.0001 constant 0.0 False',
         ),
         ('mnist --eps 0.1', 'lenet 16 [100] 0.1 0.1 0.01 20 adam 0.0001 constant 0.0 False'),
     ],
