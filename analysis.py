@@ -13,6 +13,7 @@ from torch.optim.swa_utils import update_bn
 import attack
 import cli
 import data
+import fast
 import record
 
 
@@ -23,7 +24,7 @@ def load_run(path, args):
     or --n-examples of them), eps, pgd (the attack of training at eps, without model, x and y),
     augment, folder (where results belong) and metadata, what results say of all this.
     """
-    file = record.members(path)[-1]
+    file, layout = record.members(path)[-1], fast.memory_format(args.device)
     model, config = record.load_model(file, args.dataset)
     run = SimpleNamespace(path=path, model=model.to(args.device), folder=pathlib.Path(path))
     dataset, run.augment = config['dataset'], config['augment']
@@ -33,7 +34,7 @@ def load_run(path, args):
     if (args.n_examples or n_train) > n_train:
         raise ValueError(f'--n-examples {args.n_examples}: {path} was trained on {n_train} images')
     run.index = data.subset(len(x), args.n_examples or n_train)
-    run.x, run.y = x[run.index], y[run.index]
+    run.x, run.y = x[run.index].contiguous(memory_format=layout), y[run.index]
     pgd, options = data.pgd_settings(config, run.eps), {'batch_size': args.batch_size}
     run.pgd = functools.partial(attack.pgd, eps=run.eps, index=run.index, **pgd, **options)
     digest = record.digest(file)

@@ -171,7 +171,8 @@ def evaluate_group(paths, dataset, eps, members, args):
     paper = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
     alike = len({str(data.pgd_settings(config, eps)) for config in configs}) == 1
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
-    model = model.to(args.device, memory_format=torch.channels_last)
+    layout = fast.memory_format(args.device)
+    model, x = model.to(args.device, memory_format=layout), x.contiguous(memory_format=layout)
     table = attack.STANDARD if args.standard else {k: attack.ATTACKS[k] for k in args.attacks}
     attacks = attacks_of(table, configs[0] if alike else paper, eps)
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks)

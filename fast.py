@@ -5,6 +5,7 @@ Scripts call `folded` and `Adversary` at their edge; models.py and attack.py do 
 
 import contextlib
 import copy
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -16,6 +17,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from attack import pgd_loop
 from classifier import flag, frozen
 from rng import uniform
+
+
+def memory_format(device, precision='fp32'):
+    """The layout of images and networks: channels_last, but NCHW for float32 on cuda, where the
+    kernels that use no tensor cores are made for it."""
+    on_cuda = torch.device(device).type == 'cuda'
+    return torch.contiguous_format if on_cuda and precision == 'fp32' else torch.channels_last
 
 
 def folded(model, x):
@@ -92,10 +100,10 @@ def fold(model):
 
 
 class Convolution(nn.Module):
-    """A copy of a convolution, with a bias, without gradients for parameters; laid out to be fast.
+    """A copy of a convolution, with a bias, without gradients for parameters.
 
-    That is channels_last, but contiguous on a CPU for 256 channels and more, whose feature maps are
-    small. The gradient for images of up to 3 channels is `ImageGradient` there.
+    On a CPU it is laid out to be fast: channels_last, but contiguous for 256 channels and more,
+    whose feature maps are small; the gradient for images of up to 3 channels is `ImageGradient`.
     """
 
     def __init__(self, conv):
@@ -110,7 +118,7 @@ class Convolution(nn.Module):
         usual = usual and conv.stride == conv.dilation == (1, 1)
         if on_cpu and usual and conv.groups == 1 and conv.padding_mode == 'zeros':
             self.block = {1: 4, 2: 2, 3: 2}.get(conv.in_channels, 0)
-        if not self.use_contiguous:
+        if on_cpu and not self.use_contiguous:
             self.conv.to(memory_format=torch.channels_last)
 
     def set_weights(self, weight, bias):
@@ -170,12 +178,16 @@ class Adversary:
     the device; hence no value is checked, but `nan` says if a loss or a gradient has been nan.
 
     `compiled` is applied to the network (torch.compile); `captured` to the loop, a function without
-    arguments, unless None: `captured` of this module on cuda, nothing elsewhere.
+    arguments, unless None: `captured` of this module on cuda, nothing elsewhere. Where it fails,
+    the loop runs as it is. Under autocast to `dtype` it is the type in which weights are held, so
+    that they are not cast at each use.
     """
 
-    def __init__(self, model, n_iter, x, *, compiled=None, captured=None):
+    def __init__(self, model, n_iter, x, *, compiled=None, captured=None, dtype=torch.float32):
         self.model, self.n_iter, self.captured, self.loops = model, n_iter, captured, {}
         self.folded, self.nan = folded(model, x), flag(x)
+        for convolution, *_ in self.folded.pairs if dtype != torch.float32 else ():
+            convolution.conv.to(dtype)
         self.network = compiled(self.folded) if compiled else self.folded
 
     def __call__(self, x, y, eps, step_size, *, start=None, seed=0):
@@ -203,8 +215,13 @@ class Adversary:
                 tensors = s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size
                 self.nan |= pgd_loop(self.network, *tensors, self.n_iter, s.width)
 
-        capture = self.captured or (captured if x.is_cuda else None)
-        return s, capture(run) if capture else run
+        capture = self.captured or (captured if x.is_cuda else lambda run: run)
+        try:
+            return s, capture(run)
+        except RuntimeError as error:  # cuda's and torch's
+            reason = str(error).partition('\n')[0]
+            warnings.warn(f'no CUDA graph, the attack is slower: {reason}', stacklevel=3)
+            return s, run
 
 
 def captured(run):

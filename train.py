@@ -11,6 +11,7 @@ import skip
 skip.exit_if_finished(__name__)
 
 import argparse
+import functools
 import itertools
 import math
 import os
@@ -50,6 +51,10 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
     and the rows of trace.jsonl (Figures 2 and 8), on the first and last c.trace updates of the run.
     """
     net.train()
+    layout = fast.memory_format(x.device, c.precision)
+    # a graph that is captured must not hold what autocast has cast before
+    use_bf16 = c.precision == 'bf16'
+    autocast = torch.autocast(x.device.type, torch.bfloat16, use_bf16, cache_enabled=False)
     trace, loss_sum, errors, seen = [], 0.0, 0, 0
     n_batches = math.ceil(len(x) / c.batch_size)
     step = 1 / n_batches if c.clock == 'batch' else 1  # of the clock, in epochs
@@ -62,7 +67,8 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         lr = schedule.lr_at(t, c.lr_sched, c.lr) * warmup
         for group in optimizer.param_groups:
             group['lr'] = lr
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=c.precision == 'bf16'):
+        x_batch = x_batch.contiguous(memory_format=layout)
+        with autocast:
             x_adv = x_batch
             if eps >= 1e-6:  # below is clean training, as in the paper's code
                 bar.bar_format = None  # from now on its estimate of the time left is true
@@ -119,19 +125,24 @@ def train(c, state, folder, args):
     x, y, x_test, y_test = x[rows], y[rows], x_test[index], y_test[index]
     torch.manual_seed(c.seed)
     model = models.build(c.model, data.DATASETS[c.dataset], c.width)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = model.to(device, memory_format=fast.memory_format(device, c.precision))
     theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
     optimizer = build_optimizer(model, c)
     log, trace = [], []
     if state:
         model.load_state_dict(state['model'])
+        for group in state['optimizer']['param_groups']:  # it may come from another device
+            group['fused'] = optimizer.defaults['fused']
         optimizer.load_state_dict(state['optimizer'])
         log, trace = state['log'], state['trace']
         save_logs(folder, log, trace)  # a kill may have come between last.pt and these
         print(f'resuming after epoch {len(log)}')
-    compiled = torch.compile if args.compile else None
+    # static shapes: else it would change to dynamic ones at a moment that a resumed run misses
+    compiled = functools.partial(torch.compile, dynamic=False) if args.compile else None
     net = compiled(model) if compiled else model
-    adversary = fast.Adversary(model, c.n_iter, x[:2], compiled=compiled)
+    dtype = torch.bfloat16 if c.precision == 'bf16' else torch.float32
+    adversary = fast.Adversary(model, c.n_iter, x[:2], compiled=compiled, dtype=dtype)
+    folded = fast.folded(model, x[:2])
     with cli.bar(' images', c.epochs * len(x), len(log) * len(x)) as bar:
         bar.bar_format = '{percentage:3.0f}%{postfix}'
         for epoch in range(len(log), c.epochs):
@@ -140,7 +151,7 @@ def train(c, state, folder, args):
                 with fast.tf32(c.precision != 'fp32'):
                     row, rows = train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar)
                 with fast.tf32(False):
-                    row |= validate(adversary.folded, x_test, y_test, index, c)
+                    row |= validate(folded, x_test, y_test, index, c)
             except NotFiniteError as error:
                 record.save(folder / 'diverged.json', {'epoch': epoch + 1, 'reason': str(error)})
                 return

@@ -8,6 +8,7 @@ import torchvision
 from conftest import printed
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import attack
 import classifier
@@ -178,6 +179,12 @@ def test_tf32_gives_back_what_it_borrowed():
     assert state() == before
 
 
+def test_only_float32_on_cuda_is_nchw():
+    for device, precision in itertools.product(('cpu', 'cuda:1'), ('fp32', 'tf32', 'bf16')):
+        nchw = fast.memory_format(device, precision) == torch.contiguous_format
+        assert nchw == (device == 'cuda:1' and precision == 'fp32')
+
+
 class NoWaiting(TorchFunctionMode):  # what would make the host wait for a device is an error
     def __torch_function__(self, function, types, args=(), kwargs=None):
         waits = 'item __bool__ __float__ __int__ __index__ tolist cpu numpy nonzero masked_select'
@@ -211,6 +218,39 @@ def test_a_loop_is_captured_once_for_each_shape_and_replayed_for_each_batch():
         results.append((found, attack.pgd(model, x[:n], y[:n], eps, eps / 4, 2, seed=n)))
     assert len(captures) == 2 and len(replays) == 5
     assert all(itertools.starmap(torch.allclose, results))  # none was overwritten by the next
+
+
+def test_without_a_graph_the_loop_runs_as_it_is_and_says_so():
+    def captured(run):
+        raise RuntimeError('CUDA error: operation not permitted when stream is capturing\nCompile')
+
+    (model, x), y = network('lenet'), torch.arange(3)
+    adversary = fast.Adversary(model, 2, x, captured=captured)
+    with pytest.warns(UserWarning, match='no CUDA graph.*: CUDA error: .* is capturing$'):
+        found = adversary(x, y, 0.1, 0.05)
+    assert torch.allclose(found, attack.pgd(model, x, y, 0.1, 0.05, 2))
+
+
+class Casts(TorchDispatchMode):  # of weights of convolutions
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.__name__.startswith('_to_copy') and args[0].dim() == 4 and args[0].is_leaf
+        return func(*args, **(kwargs or {}))
+
+
+def test_in_bf16_no_step_of_an_attack_casts_weights():
+    model, x = models.build('resnet18', data.DATASETS['cifar10'], 2), torch.rand(3, 3, 32, 32)
+    results, casts, y = [], [], torch.arange(3)
+    for dtype, n_iter in itertools.product((torch.float32, torch.bfloat16), (1, 3)):
+        adversary = fast.Adversary(model, n_iter, x, dtype=dtype)
+        with torch.autocast('cpu', torch.bfloat16, cache_enabled=False), Casts() as mode:
+            results.append(adversary(x, y, 0.1, 0.05))
+        casts.append(mode.n)
+    assert torch.equal(results[1], results[3])
+    assert casts[1] - casts[0] >= 2 * 20 and casts[3] - casts[2] <= 2 * 2
 
 
 def test_nan_logits_show_in_the_total_and_the_trial_of_a_capture_does_not(monkeypatch):

@@ -3,6 +3,7 @@ import math
 import os
 import re
 import signal
+from unittest import mock
 
 import pytest
 import torch
@@ -220,6 +221,17 @@ def test_a_run_in_parts_of_some_minutes_ends_as_one_in_one_go(tiny, tmp_path, fl
     assert same(tmp_path / 'parts', tmp_path / 'whole')
 
 
+def test_a_run_begun_on_a_gpu_goes_on_with_the_cpus_optimizer(tiny, tmp_path):
+    argv = [*tiny, '--n-train', '12', '--n-eval', '0']
+    train.main([*argv, '--out', 'whole'])
+    train.main([*argv, '--out', 'moved', '--minutes', '0'])
+    state = record.load(tmp_path / 'moved/last.pt')
+    state['optimizer']['param_groups'][0]['fused'] = True
+    record.save(tmp_path / 'moved/last.pt', state)
+    train.main([*argv, '--out', 'moved'])
+    assert same(tmp_path / 'moved', tmp_path / 'whole')
+
+
 def test_a_collapse_to_a_constant_classifier_is_called_by_its_name(tiny, tmp_path, capsys):
     train.main([*tiny, '--eps-sched', 'constant', '--lr', '0.03', '--out', 'run'])
     assert log_of(tmp_path / 'run')[-1]['predicted_classes'] == 1
@@ -335,8 +347,10 @@ def test_no_speed_up_changes_what_is_learnt(tiny, tmp_path, monkeypatch, in_doub
         patch.setattr(fast, 'Adversary', functools.partial(fast.Adversary, captured=replayed))
         train.main([*argv, 'captured'])
     if model == 'lenet':  # the tracing, without a C++ compiler
-        monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+        compiled = mock.Mock(side_effect=functools.partial(torch.compile, backend='eager'))
+        monkeypatch.setattr(torch, 'compile', compiled)
         train.main([*argv, 'compiled', '--compile'])
+        assert all(call.kwargs == {'dynamic': False} for call in compiled.call_args_list)
     monkeypatch.setattr(torch, 'channels_last', torch.contiguous_format)
     train.main([*argv, 'folded'])
     monkeypatch.setattr(fast, 'folded', lambda model, x: fast.Folded(model, []))
