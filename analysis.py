@@ -13,6 +13,7 @@ from torch.optim.swa_utils import update_bn
 import attack
 import cli
 import data
+import distributed
 import fast
 import record
 
@@ -36,7 +37,8 @@ def load_run(path, args):
     run.index = data.subset(len(x), args.n_examples or n_train)
     run.x, run.y = x[run.index].contiguous(memory_format=layout), y[run.index]
     pgd, options = data.pgd_settings(config, run.eps), {'batch_size': args.batch_size}
-    run.pgd = functools.partial(attack.pgd, eps=run.eps, index=run.index, **pgd, **options)
+    pgd_of_all = distributed.shared(attack.pgd)
+    run.pgd = functools.partial(pgd_of_all, eps=run.eps, index=run.index, **pgd, **options)
     digest = record.digest(file)
     if not run.folder.is_dir():
         run.folder = pathlib.Path('evals', f'checkpoint_{digest[:10]}')

@@ -9,6 +9,7 @@ import sys
 import torch
 from tqdm import tqdm
 
+import distributed
 import record
 import skip
 
@@ -47,10 +48,13 @@ def count(text):
 
 
 def device(text):
-    """A type for argparse: a device that this machine has, cpu, cuda or cuda:1."""
+    """A type for argparse: a device that this machine has, cpu, cuda or cuda:1; of processes that
+    torchrun started each has a GPU of its own."""
+    if text == 'cuda':
+        text = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
         if torch.empty(0, device=text).is_cuda:
-            torch.cuda.set_device(text if ':' in text else 0)  # streams and graphs are made there
+            torch.cuda.set_device(text)  # streams and graphs are made there
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f'{text} cannot be used: {error}') from None
     return text
@@ -81,6 +85,7 @@ def bar(unit, total, done=0):
     """A progress bar of `total` units, `done` of them before; in a file, a line a minute."""
     in_file = {'file': Lines(), 'mininterval': 60, 'ncols': 80}
     options = {} if sys.stderr.isatty() else in_file
+    options['disable'] = distributed.RANK > 0
     return tqdm(
         unit=unit, total=total, initial=done, unit_scale=total > 10000, leave=False, **options
     )
@@ -93,9 +98,9 @@ def run(main):
     """
     printed = skip.Tee(sys.stdout)
     try:
-        with contextlib.redirect_stdout(printed):
+        with contextlib.redirect_stdout(printed), distributed.joined():
             files = main()
-        if files:
+        if files and distributed.RANK == 0:
             skip.leave_stamp(files, printed.text)
     except record.Diverged as end:
         print(f'{end}: nothing to do')

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import math
 import pathlib
 import time
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ import analysis
 import attack
 import cli
 import data
+import distributed
 import fast
 import masking
 import models
@@ -58,8 +60,8 @@ def evaluate(model, x, y, e, args):
                 settings |= {'after': '+'.join(before), 'attacked': len(standing)}
             options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
             options['batch_size'] = args.batch_size
-            with progress(model, settings, len(standing)):
-                x_adv = run_attack(model, x[standing], y[standing], **options)
+            with progress(model, settings, math.ceil(len(standing) / distributed.SIZE)):
+                x_adv = distributed.shared(run_attack)(model, x[standing], y[standing], **options)
             robust = torch.zeros(len(x), dtype=torch.bool)
             robust[standing] = correct(model, x_adv, y[standing], args.batch_size).cpu()
             keep(e, key, robust, began, settings=settings)

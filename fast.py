@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+import distributed
 from attack import pgd_loop
 from classifier import flag, frozen
 from rng import uniform
@@ -87,7 +88,7 @@ def fold(model):
         if type(conv) is not nn.Conv2d:
             continue
         after, bn = next(iter(node.users), None), None
-        if len(node.users) == 1 and type(calls.get(after)) is nn.BatchNorm2d:
+        if len(node.users) == 1 and type(calls.get(after)) in (nn.BatchNorm2d, nn.SyncBatchNorm):
             if calls[after].track_running_stats:
                 bn = calls[after]
                 after.replace_all_uses_with(node)
@@ -207,6 +208,7 @@ class Adversary:
         """Tensors for the arguments and the result of one shape of batches, and what fills them."""
         s = SimpleNamespace(x=x.clone(), y=y.clone(), x_adv=torch.empty_like(x))
         s.noise, s.index = torch.zeros_like(x), torch.arange(len(x), device=x.device)
+        s.index = distributed.RANK + distributed.SIZE * s.index  # places in the whole batch
         s.eps, s.step_size, s.width = (x.new_zeros(()) for _ in range(3))
 
         def run():

@@ -25,6 +25,7 @@ from torch.func import functional_call
 import analysis
 import cli
 import data
+import distributed
 import fast
 import record
 import rng
@@ -51,6 +52,7 @@ class Hessian:
 
     def __init__(self, model, x, y, batch_size=250, keep=4 * 2**30):
         self.model, self.n, self.keep, self.seen = model, len(x), keep, None
+        x, y = (tensor[distributed.RANK :: distributed.SIZE] for tensor in (x, y))
         self.batches = list(zip(x.split(batch_size), y.split(batch_size)))
 
     def __call__(self, v):
@@ -69,6 +71,7 @@ class Hessian:
                 kept = i in self.graphs
                 rows = torch.autograd.grad(outputs, theta, parts, kept, materialize_grads=True)
                 total += analysis.flat(rows)
+        distributed.total(total)
         if not total.isfinite().all():
             raise NotFiniteError('the Hessian of the loss is not finite')
         return total

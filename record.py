@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 import data
+import distributed
 import models
 
 
@@ -44,7 +45,7 @@ def replace(path, write):
 
 def save(path, content):
     """Writes a .pt by `torch.save`, a dict of arrays to .npz, a list to .jsonl, one line an item,
-    anything else as JSON."""
+    anything else as JSON. Of several processes the first one writes, when all are here."""
     path, buffer = pathlib.Path(path), io.BytesIO()
     if path.suffix == '.pt':
         torch.save(content, buffer)
@@ -54,7 +55,10 @@ def save(path, content):
         buffer.write(''.join(json.dumps(row) + '\n' for row in content).encode())
     else:
         buffer.write(json.dumps(content, indent=1).encode())
-    replace(path, lambda file: file.write(buffer.getbuffer()))
+    distributed.wait()
+    if distributed.RANK == 0:
+        replace(path, lambda file: file.write(buffer.getbuffer()))
+    distributed.wait()
 
 
 def load(path):
@@ -81,8 +85,12 @@ def load(path):
 
 @contextlib.contextmanager
 def lock(folder, wait=False):
-    """Holds `folder`, created if missing, for this process; ValueError if another process holds it,
-    unless `wait`. The lock is released when its holder ends, even by SIGKILL."""
+    """Holds `folder`, created if missing, for this job; ValueError if another job holds it, unless
+    `wait`. The lock is released when its holder ends, even by SIGKILL."""
+    if distributed.RANK > 0:  # the first process holds it
+        distributed.wait()
+        yield
+        return
     path = pathlib.Path(folder) / '.lock'
     path.parent.mkdir(parents=True, exist_ok=True)
     folder_lock = filelock.FileLock(path)
@@ -95,6 +103,7 @@ def lock(folder, wait=False):
         print(f'{in_use}; waiting for it')
         acquired = folder_lock.acquire()
     with acquired:
+        distributed.wait()
         yield
 
 

@@ -33,7 +33,8 @@ def exit_if_finished(name):
     except (OSError, ValueError):  # there is none, or half of one, or a file is gone
         return
     if unchanged:
-        sys.stdout.write(stamp['printed'])
+        if os.environ.get('RANK', '0') == '0':
+            sys.stdout.write(stamp['printed'])
         sys.exit()
 
 

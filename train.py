@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import cli
 import data
+import distributed
 import fast
 import models
 import record
@@ -51,23 +52,18 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
     and the rows of trace.jsonl (Figures 2 and 8), on the first and last c.trace updates of the run.
     """
     net.train()
-    layout = fast.memory_format(x.device, c.precision)
-    # a graph that is captured must not hold what autocast has cast before
-    use_bf16 = c.precision == 'bf16'
-    autocast = torch.autocast(x.device.type, torch.bfloat16, use_bf16, cache_enabled=False)
     trace, loss_sum, errors, seen = [], 0.0, 0, 0
     n_batches = math.ceil(len(x) / c.batch_size)
-    step = 1 / n_batches if c.clock == 'batch' else 1  # of the clock, in epochs
-    generator = rng.generator(c.seed, epoch)
+    generator, layout = rng.generator(c.seed, epoch), fast.memory_format(x.device, c.precision)
+    # without a cache, which a CUDA graph must not capture
+    bf16 = c.precision == 'bf16'
+    autocast = torch.autocast(x.device.type, torch.bfloat16, bf16, cache_enabled=False)
     for i, (x_batch, y_batch) in enumerate(data.batches(x, y, c.batch_size, generator, c.augment)):
-        now = epoch + i / n_batches if c.clock == 'batch' else epoch
-        t = schedule.progress(now, c.periods)
-        eps = schedule.eps_at(t, c.eps_sched, c.eps, c.eps_min, c.eps_max)
-        warmup = schedule.warmup_at(schedule.progress(now, c.periods, ahead=step), c.lr_warmup)
-        lr = schedule.lr_at(t, c.lr_sched, c.lr) * warmup
+        t, eps, lr = clock(c, epoch, i, n_batches)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        x_batch = x_batch.contiguous(memory_format=layout)
+        n, (own, counted) = len(y_batch), distributed.share(len(y_batch))
+        x_batch, y_batch = x_batch[own].contiguous(memory_format=layout), y_batch[own]
         with autocast:
             x_adv = x_batch
             if eps >= 1e-6:  # below is clean training, as in the paper's code
@@ -77,28 +73,40 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
                 x_adv = adversary(x_batch, y_batch, eps, step_size, start=start, seed=seed)
             loss, logits = training_loss(net, x_adv, x_batch, y_batch, c)
         optimizer.zero_grad()
-        loss.backward()
-        wrong = (logits.argmax(1) != y_batch).sum()
+        (loss * (counted / n)).backward()
+        distributed.total(*(theta.grad for theta in net.parameters() if theta.grad is not None))
+        wrong = (logits.argmax(1) != y_batch).sum() * min(counted, 1)
+        loss_sum += loss.detach() * counted
+        errors += wrong
+        seen += n
         update = epoch * n_batches + i
         if c.trace and not c.trace <= update < c.epochs * n_batches - c.trace:
+            distributed.total(wrong := wrong.clone())
             moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
             grad_norm = norm(*(theta.grad for theta in net.parameters()))
-            trace.append((update, grad_norm, wrong / len(y_batch), norm(*moved)))
+            trace.append((update, grad_norm, wrong / n, norm(*moved)))
         optimizer.step()
-        loss_sum += loss.detach() * len(y_batch)
-        errors += wrong
-        seen += len(y_batch)
         if i % 50 == 0 or i == n_batches - 1:  # else nothing waits for the device
-            refuse_nan(adversary.nan)
-            if not loss_sum.isfinite():
-                raise NotFiniteError(f'the loss became {loss_sum.item()}')
-            loss = loss_sum.item() / seen
+            sums = torch.stack([loss_sum, errors.to(loss_sum), adversary.nan.to(loss_sum)])
+            distributed.total(sums)
+            refuse_nan(sums[2] > 0)
+            if not sums[0].isfinite():
+                raise NotFiniteError(f'the loss became {sums[0].item()}')
+            loss = sums[0].item() / seen
             bar.set_postfix_str(f'epoch {epoch + 1}/{c.epochs} loss {loss:.2f}', refresh=False)
-        bar.update(len(y_batch))
-    row = {'t': t, 'eps': eps, 'lr': lr, 'loss': loss_sum.item() / len(x)}
-    row |= {'train_robust_error': errors.item() / len(x)}
+        bar.update(n)
+    row = {'t': t, 'eps': eps, 'lr': lr, 'loss': loss}
+    row |= {'train_robust_error': sums[1].item() / len(x)}
     names = 'step', 'grad_norm', 'robust_error', 'distance'
     return row, [dict(zip(names, (update, *map(float, numbers)))) for update, *numbers in trace]
+
+
+def clock(c, epoch, batch, n_batches):
+    """t, eps and lr of a batch of an epoch, under the settings c."""
+    now, step = (epoch + batch / n_batches, 1 / n_batches) if c.clock == 'batch' else (epoch, 1)
+    t, ahead = (schedule.progress(now, c.periods, ahead=after) for after in (0, step))
+    lr = schedule.lr_at(t, c.lr_sched, c.lr) * schedule.warmup_at(ahead, c.lr_warmup)
+    return t, schedule.eps_at(t, c.eps_sched, c.eps, c.eps_min, c.eps_max), lr
 
 
 def validate(model, x, y, index, c):
@@ -107,7 +115,8 @@ def validate(model, x, y, index, c):
         return {'clean_error': None, 'robust_error': None, 'predicted_classes': None}
     model.refold()
     predicted = predict(model, x)
-    x_adv = pgd(model, x, y, c.eps, index=index, **data.pgd_settings(vars(c), c.eps))
+    attack = distributed.shared(pgd)
+    x_adv = attack(model, x, y, eps=c.eps, index=index, **data.pgd_settings(vars(c), c.eps))
     fooled = (predicted != y) | ~correct(model, x_adv, y)
     return {
         'clean_error': (predicted != y).sum().item() / len(y),
@@ -126,6 +135,8 @@ def train(c, state, folder, args):
     torch.manual_seed(c.seed)
     model = models.build(c.model, data.DATASETS[c.dataset], c.width)
     model = model.to(device, memory_format=fast.memory_format(device, c.precision))
+    if distributed.SIZE > 1:
+        model = distributed.synchronised(model, device)
     theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
     optimizer = build_optimizer(model, c)
     log, trace = [], []
@@ -159,10 +170,13 @@ def train(c, state, folder, args):
             trace += rows
             bar.write(format_epoch(log[-1], c))
             save_checkpoint(folder, c, model, optimizer, log, trace)
-            if args.minutes is not None and time.monotonic() - began > 60 * args.minutes:
+            late = args.minutes is not None and time.monotonic() - began > 60 * args.minutes
+            distributed.total(late := torch.tensor(float(late)))
+            if late:  # of the clocks one decides for all
                 break
-    if len(log) == c.epochs:
+    if len(log) == c.epochs and distributed.RANK == 0:
         (folder / 'last.pt').unlink(missing_ok=True)  # from now on the run is finished
+    distributed.wait()
 
 
 def save_checkpoint(folder, c, model, optimizer, log, trace):

@@ -1,0 +1,142 @@
+"""Jobs of several processes, forked as torchrun would start them, against the same jobs of one."""
+
+import functools
+import os
+import pathlib
+import shutil
+import signal
+import socket
+
+import numpy as np
+import pytest
+import torch
+from test_train import in_double, log_of  # noqa: F401
+
+import attack
+import classifier
+import cli
+import data
+import distributed
+import evaluate
+import fast
+import hessian
+import models
+import record
+import train
+
+FLAGS = '--width 2 --n-train 100 --n-eval 50 --batch-size 33 --epochs 4 --n-iter 2 --eps 0.1'
+FLAGS += ' --step-size eps/2 --lr 0.02 --trace 2 --optimizer sgd --eps-sched linear'  # 33 33 33 1
+
+
+def job(n, *calls):
+    """Calls functions one after the other in each of n processes; their exit codes."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(n):
+        if child := os.fork():
+            children.append(child)
+            continue
+        code = 1
+        try:
+            os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(n), 'MASTER_PORT': port}
+            os.environ['MASTER_ADDR'] = '127.0.0.1'
+            distributed.RANK, distributed.SIZE = rank, n
+            for call in calls:
+                cli.run(call)
+            code = 0
+        except SystemExit as end:
+            pathlib.Path(f'end{rank}').write_text(str(end))
+        finally:
+            os._exit(code)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def parameters(folder):
+    return list(record.load(f'{folder}/period1.pt').values())
+
+
+def test_processes_learn_together_what_one_learns_and_others_may_go_on(in_double):  # noqa: F811
+    argv = [*FLAGS.split(), '--out']
+    train.main([*argv, 'one'])
+    assert job(2, lambda: train.main([*argv, 'many', '--minutes', '0'])) == [0, 0]
+    assert len(log_of(pathlib.Path('many'))) == 1
+    assert job(3, lambda: train.main([*argv, 'many'])) == [0, 0, 0]  # of 1 image two have none
+    assert all(
+        map(lambda a, b: torch.allclose(a, b, atol=1e-10), *map(parameters, ('one', 'many')))
+    )
+    for one, many in zip(*(log_of(pathlib.Path(run)) for run in ('one', 'many'))):
+        assert one | {'seconds': 0} == pytest.approx(many | {'seconds': 0}, rel=1e-9)
+    for one, many in zip(*(record.load(f'{run}/trace.jsonl') for run in ('one', 'many'))):
+        assert one == pytest.approx(many, rel=1e-9)
+    configs = [record.load_config(run) | {'provenance': 0} for run in ('one', 'many')]
+    assert configs[0] == configs[1]
+
+
+def test_verdicts_and_eigenvalues_of_a_job_are_those_of_one_process(runs, in_double, monkeypatch):  # noqa: F811
+    for table in attack.ATTACKS, attack.STANDARD:
+        for key, run in table.items():
+            counts = getattr(run, 'keywords', {}).items()
+            short = {name: min(count, 8) for name, count in counts if name.startswith('n_')}
+            monkeypatch.setitem(table, key, functools.partial(run, **short))
+
+    def attack_all(run):
+        evaluate.main([run, '--n-examples', '20'])
+        evaluate.main([run, '--n-examples', '20', '--standard'])
+        hessian.main([run, '--n-examples', '20', '--k', '1', '--trace', '1', '--draws', '1'])
+
+    found = []
+    for n in 1, 2, 3:
+        shutil.copytree(runs / 'single', run := f'by{n}')
+        assert job(n, lambda run=run: attack_all(run)) == [0] * n
+        columns = [
+            record.load(f'{run}/{name}_n20.npz') for name in ('evaluate', 'evaluate_standard')
+        ]
+        result = record.load(f'{run}/hessian_n20.json')
+        numbers = [*result['eigen']['values'], *result['traces'], *result['random_losses']]
+        found.append((columns, numbers))
+        for one, many in zip(found[0][0], columns):
+            assert all(np.array_equal(one[key], many[key]) for key in one) and len(one) > 5
+        assert numbers == pytest.approx(found[0][1], rel=1e-8)
+
+
+def test_if_one_process_is_killed_the_others_say_so_and_the_job_resumes(tiny):
+    argv, update = [*tiny, '--n-train', '64', '--out', 'run'], train.format_epoch
+
+    def killed(row, c):
+        if row['epoch'] == 2 and distributed.RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(row, c)
+
+    def main():
+        train.format_epoch = killed
+        return train.main(argv)
+
+    codes = job(2, main)
+    assert codes == [1, -signal.SIGKILL]
+    assert 'another process of this job has ended' in pathlib.Path('end0').read_text()
+    assert job(2, lambda: train.main(argv)) == [0, 0] and record.finished('run')
+
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_a_batch_of_any_size_has_a_share_for_all_that_counts_once(n, monkeypatch):
+    monkeypatch.setattr(distributed, 'SIZE', 3)
+    places = []
+    for rank in range(3):
+        monkeypatch.setattr(distributed, 'RANK', rank)
+        own, counted = distributed.share(n)
+        assert len(list(range(n))[own]) == max(counted, 1)
+        places += list(range(n))[own][:counted]
+    assert sorted(places) == list(range(n))
+
+
+def test_batch_norms_that_are_synchronised_are_folded():
+    torch.manual_seed(0)
+    model = models.build('resnet18', data.DATASETS['cifar10'], 2)
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    x = torch.rand(2, 3, 32, 32)
+    folded = fast.folded(synced, x)
+    assert sum(bn is not None for *_, bn in folded.pairs) == 20
+    with classifier.frozen(synced):
+        assert torch.allclose(folded(x), synced(x), atol=1e-5)
