@@ -36,7 +36,7 @@ STUDIES = {  # what varies in a study
 }
 ANALYSES = 'hessian', 'similarity', 'surface', 'connect', 'dead'
 NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
-MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes'  # about an evaluated run
+MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes', 'gib'  # about an evaluated run
 
 
 def read(folder, defaults):
@@ -151,8 +151,9 @@ def evaluated(runs):
             full = full and claims.ATTACKS[key].items() <= attacks[key].items()
         periodic = 'no' if len(config['periods']) == 1 else 'yes'
         minutes = sum(epoch['seconds'] for epoch in run.log) / 60
-        more = config['seed'], full, run.constant, claims.place(config, full), periodic, minutes
-        row = own | found | dict(zip(MORE, more))
+        gib = max((epoch.get('gib', np.nan) for epoch in run.log), default=np.nan)
+        more = config['seed'], full, run.constant, claims.place(config, full), periodic
+        row = own | found | dict(zip(MORE, (*more, minutes, gib)))
         rows.setdefault(str((own, config['seed'])), row)  # a copy counts once
         settings, errors = settings | own, errors | found
     frame = pd.DataFrame(rows.values(), columns=[*MORE, *settings, *errors])
@@ -182,7 +183,9 @@ def cells(own, errors, paper=()):
     """A row of a table that shows the evaluations `own`."""
     row = {n: beside(own[n], paper[n]) if n in paper else notation(own[n]) for n in errors}
     n, constant = len(own), int(own['constant'].sum())
-    row |= {'runs': n, 'minutes': f'{own["minutes"].mean():.1f}' if n else '—'}
+    minutes, gib = own['minutes'].mean(), own['gib'].max()
+    row |= {'runs': n, 'minutes': f'{minutes:.1f}', 'GiB': f'{gib:.1f}'}
+    row = {name: '—' if value == 'nan' else value for name, value in row.items()}
     return row | {'note': f'{constant} of {n} constant classifiers' * bool(constant)}
 
 

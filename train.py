@@ -16,6 +16,7 @@ import itertools
 import math
 import os
 import pathlib
+import resource
 import time
 
 import torch
@@ -166,7 +167,8 @@ def train(c, state, folder, args):
             except NotFiniteError as error:
                 record.save(folder / 'diverged.json', {'epoch': epoch + 1, 'reason': str(error)})
                 return
-            log.append({'epoch': epoch + 1} | row | {'seconds': round(time.monotonic() - start, 2)})
+            cost = {'seconds': round(time.monotonic() - start, 2), 'gib': peak_memory(device)}
+            log.append({'epoch': epoch + 1} | row | cost)
             trace += rows
             bar.write(format_epoch(log[-1], c))
             save_checkpoint(folder, c, model, optimizer, log, trace)
@@ -177,6 +179,13 @@ def train(c, state, folder, args):
     if len(log) == c.epochs and distributed.RANK == 0:
         (folder / 'last.pt').unlink(missing_ok=True)  # from now on the run is finished
     distributed.wait()
+
+
+def peak_memory(device):
+    """The most memory held at once so far, in GiB: of the device, or on a CPU of this process."""
+    if torch.device(device).type == 'cuda':
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # from KiB
 
 
 def save_checkpoint(folder, c, model, optimizer, log, trace):

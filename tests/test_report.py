@@ -33,7 +33,7 @@ def make_run(folder, flags='', n=10000, errors=ERRORS, settings=SETTINGS, classe
     config = vars(train.settings(args)) | change
     folder.mkdir(parents=True)
     record.save(folder / 'config.json', config | {'provenance': [MADE]})
-    rows = [{'epoch': i + 1, 'loss': 1 / (i + 1), 'seconds': 60} for i in range(3)]
+    rows = [{'epoch': i + 1, 'loss': 1 / (i + 1), 'seconds': 60, 'gib': 0.5} for i in range(3)]
     record.save(folder / 'log.jsonl', [row | {'predicted_classes': classes} for row in rows])
     digests = []
     for file in record.period_files(folder, config):
@@ -124,7 +124,12 @@ def test_a_row_of_table_1_is_ours_the_papers_and_the_difference_in_deviations(tm
     apart = 0.1 / math.sqrt(statistics.variance([1.46, 1.56, 1.96]) + 0.17**2)
     assert full[0]['clean'] == f'1.66(26) / 1.56(17) / +{apart:.1f}'
     assert full[0]['PGD'] == '8.00(0) / 8.58(89) / -0.7'
-    assert [full[0][name] for name in ('worst case', 'runs', 'minutes')] == ['13.00(0)', '3', '3.0']
+    assert [full[0][name] for name in ('worst case', 'runs', 'minutes', 'GiB')] == [
+        '13.00(0)',
+        '3',
+        '3.0',
+        '0.5',
+    ]
     assert all(row['clean'].startswith('— / ') for row in full[1:]) and len(full) == 15
     assert 'commit abc, torch 2, H100' in (tmp_path / 'out/table1.md').read_text()
 

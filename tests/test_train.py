@@ -26,11 +26,11 @@ def log_of(folder):
 
 
 def same(a, b):
-    """Whether folders hold the same models, trace and log, bit for bit but for seconds."""
+    """Whether folders hold the same models, trace and log, bit for bit but for what it cost."""
     found = []
     for folder in a, b:
         files = [*sorted(folder.glob('*.pt')), *folder.glob('trace.jsonl')]
-        log = [row | {'seconds': 0} for row in log_of(folder)]
+        log = [row | {'seconds': 0, 'gib': 0} for row in log_of(folder)]
         found.append(({file.name: file.read_bytes() for file in files}, log))
     return found[0] == found[1]
 
@@ -40,6 +40,7 @@ def test_a_run_leaves_settings_a_log_and_a_model_for_each_period(runs):
     names = {path.name for path in folder.iterdir() if path.suffix in ('.json', '.jsonl', '.pt')}
     assert names == {'config.json', 'log.jsonl', 'period1.pt', 'period2.pt', 'period3.pt'}
     config, log = record.load_config(folder), log_of(folder)
+    assert all(0.1 < row['gib'] < 16 for row in log)
     assert config['periods'] == [2, 1, 1] and config['eps_max'] == 0.2
     assert config['provenance'][0]['torch'] == torch.__version__
     assert [(row['epoch'], row['eps']) for row in log] == [(1, 0), (2, 0.1), (3, 0), (4, 0)]
