@@ -89,6 +89,7 @@ def output(run, stem, args, **tags):
 
 def resume(path, metadata, device):
     """The result at `path` if of the same `metadata`, to be added to; else a new one."""
+    distributed.agree(f'{path} {metadata}')
     result = record.load(path) if path.exists() else dict(metadata)
     if any(result.get(key) != metadata[key] for key in metadata.keys() - {'checkpoint', 'members'}):
         print(f'{path} is of another checkpoint or of other settings; it is replaced')

@@ -37,7 +37,9 @@ def budget(text):
 
 def step(text):
     """A type for argparse: a step as a `budget`, or eps/8, which stays as it is."""
-    return text if re.fullmatch(r'eps/[1-9]\d*', text) else budget(text)
+    if text.startswith('eps') and not re.fullmatch(r'eps/[1-9]\d*', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a fraction such as eps/8')
+    return text if text.startswith('eps') else budget(text)
 
 
 def count(text):
@@ -103,9 +105,10 @@ def run(main):
         if files and distributed.RANK == 0:
             skip.leave_stamp(files, printed.text)
     except record.Diverged as end:
-        print(f'{end}: nothing to do')
+        distributed.RANK or print(f'{end}: nothing to do')
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f'error: {" ".join(str(error).split())}')
+        where = f'process {distributed.RANK}: ' if distributed.SIZE > 1 else ''
+        sys.exit(f'{where}error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:
         sys.exit('interrupted; run the same command again to resume')
     except (MemoryError, RuntimeError) as error:  # torch's and cuda's are RuntimeErrors

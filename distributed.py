@@ -6,10 +6,14 @@ results of one, but for rounding.
 """
 
 import contextlib
+import datetime
+import math
 import os
 
 import torch
 from torch import distributed as dist
+
+from classifier import NotFiniteError, has_nan, refuse_nan
 
 RANK, SIZE = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))
 
@@ -23,7 +27,9 @@ def joined():
     if SIZE == 1:
         yield
         return
-    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+    # the first may wait long for a folder that is in use
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
     try:
         with open(os.devnull, 'w') as silence:
             with contextlib.redirect_stdout(silence) if RANK else contextlib.nullcontext():
@@ -43,15 +49,25 @@ def wait():
         dist.barrier()
 
 
+def agree(value):
+    """ValueError unless `value` is the same in all processes: files may change between their
+    looks."""
+    found = [value] * SIZE
+    if SIZE > 1:
+        dist.all_gather_object(found, value)
+    if any(other != value for other in found):
+        raise ValueError(f'the processes have found different files, one {value}; run it again')
+
+
 def share(n):
-    """This process's part of a batch of n, a slice, and how many of its images count: all, or none
-    of a first one where there are more processes than images."""
+    """This process's images of a batch of n, a slice, and how many of them count. A process without
+    any gets the first image, counted 0 times, so that its network sees a batch, too."""
     return (slice(RANK, None, SIZE), len(range(RANK, n, SIZE))) if RANK < n else (slice(1), 0)
 
 
 def total(*tensors):
     """Replaces each tensor by its sum over the processes, one message for all."""
-    if SIZE > 1:
+    if SIZE > 1 and tensors:
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
         dist.all_reduce(flat)
         for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
@@ -59,24 +75,38 @@ def total(*tensors):
 
 
 def synchronised(model, device):
-    """`model` with the BatchNorm statistics of whole batches on cuda; on a CPU, where torch has no
-    such layer, each process keeps those of its part, and the first one's are saved."""
+    """`model` with the BatchNorm statistics of whole batches, on cuda; on a CPU, where torch has no
+    such layer, each process has those of its images, of which `average` makes one."""
     if torch.device(device).type == 'cuda':
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        print(f'on a CPU each of the {SIZE} processes has BatchNorm statistics of its own images')
+        print(
+            f'on a CPU each of {SIZE} processes has its BatchNorm statistics, averaged each epoch'
+        )
     return model
+
+
+def average(*tensors):
+    """Replaces each tensor of floats by its mean over the processes."""
+    if SIZE > 1:
+        total(*(floats := [tensor for tensor in tensors if tensor.is_floating_point()]))
+        for tensor in floats:
+            tensor.div_(SIZE)
 
 
 def shared(attack):
     """`attack`, a function (model, x, y, index=..., ...) -> x_adv, by all processes together: each
-    attacks a part of the images, and all have the whole result."""
+    attacks a part of the images, and all have the whole result. NotFiniteError in all if in one."""
 
     def run(model, x, y, *, index=None, **options):
         index = torch.arange(len(x)) if index is None else index
         own, x_adv = slice(RANK, None, SIZE), torch.zeros_like(x)
-        x_adv[own] = attack(model, x[own], y[own], index=index[own], **options)
+        try:
+            x_adv[own] = attack(model, x[own], y[own], index=index[own], **options)
+        except NotFiniteError:
+            x_adv[:] = math.nan
         total(x_adv)
+        refuse_nan(has_nan(x_adv))
         return x_adv
 
     return run if SIZE > 1 else attack

@@ -180,8 +180,8 @@ class Adversary:
 
     `compiled` is applied to the network (torch.compile); `captured` to the loop, a function without
     arguments, unless None: `captured` of this module on cuda, nothing elsewhere. Where it fails,
-    the loop runs as it is. Under autocast to `dtype` it is the type in which weights are held, so
-    that they are not cast at each use.
+    the loop runs as it is. Under autocast to `dtype` weights of convolutions are held in this type,
+    so that they are not cast at each use.
     """
 
     def __init__(self, model, n_iter, x, *, compiled=None, captured=None, dtype=torch.float32):

@@ -29,23 +29,27 @@ import models
 
 
 def replace(path, write):
-    """Calls write(file) on a new binary file, then puts it at `path` in one step, safe on disk."""
+    """Calls write(file) on a new binary file, then puts it at `path` in one step, safe on disk. Of
+    several processes the first one writes, when all are here."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')  # who writes here holds the folder's lock
-    try:
-        with open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(f'{path} could not be written ({error})') from None
+    distributed.wait()
+    if distributed.RANK == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, 'wb') as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            raise OSError(f'{path} could not be written ({error})') from None
+    distributed.wait()
 
 
 def save(path, content):
     """Writes a .pt by `torch.save`, a dict of arrays to .npz, a list to .jsonl, one line an item,
-    anything else as JSON. Of several processes the first one writes, when all are here."""
+    anything else as JSON."""
     path, buffer = pathlib.Path(path), io.BytesIO()
     if path.suffix == '.pt':
         torch.save(content, buffer)
@@ -55,10 +59,7 @@ def save(path, content):
         buffer.write(''.join(json.dumps(row) + '\n' for row in content).encode())
     else:
         buffer.write(json.dumps(content, indent=1).encode())
-    distributed.wait()
-    if distributed.RANK == 0:
-        replace(path, lambda file: file.write(buffer.getbuffer()))
-    distributed.wait()
+    replace(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load(path):

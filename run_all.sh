@@ -2,7 +2,7 @@
 # shellcheck disable=SC2016,SC2034,SC2329  # tasks and sizes are called by name
 # The experiments of the paper: each run is trained and measured, then all are reported.
 #   bash run_all.sh           the whole paper on a GPU, some 100 hours of an H100, or with --cpu
-#   bash run_all.sh --small   the same with narrow networks: some 20 hours on two CPU cores
+#   bash run_all.sh --small   the same with narrow networks: a day on two CPU cores
 #   bash run_all.sh --quick   the same in miniature: minutes on two CPU cores
 #   bash run_all.sh --test    ruff and the tests
 # With the first three: --list prints the jobs as shell lines, which run from here in any order and

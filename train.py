@@ -162,6 +162,7 @@ def train(c, state, folder, args):
             try:
                 with fast.tf32(c.precision != 'fp32'):
                     row, rows = train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar)
+                distributed.average(*model.buffers())
                 with fast.tf32(False):
                     row |= validate(folded, x_test, y_test, index, c)
             except NotFiniteError as error:
@@ -282,14 +283,18 @@ def parser():
     add('--periodic', action='store_true', help='three periods: 1/2, 1/4 and 1/4 of the epochs')
     add('--periods', type=cli.count, nargs='+', metavar='EPOCHS', help='all periods: 100 50 50')
     add('--clock', choices=('epoch', 'batch'), default='epoch', help='how often lr and eps move')
-    add('--batch-size', type=cli.count, default=128, help='images an update')
+    add('--batch-size', type=cli.count, default=128, help='images an update, of all processes')
     add('--optimizer', choices=OPTIMIZERS, help='adam for MNIST, sgd for CIFAR10')
     add('--lr', type=float, help='learning rate; 1e-4 for MNIST, 0.1 for CIFAR10')
     add('--lr-sched', choices=schedule.LR_SCHEDS, help='constant for MNIST, step for CIFAR10')
     add('--lr-warmup', type=float, default=0.0, help='share of a period in which lr rises from 0')
     add('--momentum', type=float, default=0.9, help='of sgd')
     add('--weight-decay', type=float, help='0 for MNIST, 1e-3 for CIFAR10')
-    add('--step-size', type=cli.step, help='of PGD at eps; 0.01 for MNIST, eps/4 for CIFAR10')
+    add(
+        '--step-size',
+        type=cli.step,
+        help='of PGD at eps, eps/8 or a number; 0.01 for MNIST, eps/4 for CIFAR10',
+    )
     add('--n-iter', type=cli.count, help='of PGD; eps/0.01 + 10 for MNIST, 10 for CIFAR10')
     add('--start', choices=('step', 'eps'), default='step', help='PGD starts in +-step_size or eps')
     add('--augment', action=argparse.BooleanOptionalAction, help='crop and flip; for CIFAR10')

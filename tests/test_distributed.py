@@ -120,6 +120,29 @@ def test_if_one_process_is_killed_the_others_say_so_and_the_job_resumes(tiny):
     assert job(2, lambda: train.main(argv)) == [0, 0] and record.finished('run')
 
 
+def test_if_the_loss_of_one_is_not_finite_the_run_of_all_has_diverged(tiny):
+    flags = '--n-train 100 --n-eval 2 --batch-size 128 --epochs 4 --optimizer sgd --lr 6.3096e+11'
+    argv = [*tiny, *flags.split(), '--eps-sched', 'constant', '--out', 'run']
+    assert job(2, lambda: train.main(argv)) == [0, 0]
+    assert pathlib.Path('run/diverged.json').exists()
+
+
+def test_batch_norm_statistics_of_parts_are_those_of_a_run_that_is_resumed(tiny):
+    flags = '--model resnet18 --width 2 --n-train 16 --batch-size 8 --n-eval 0 --n-iter 1'
+    argv = [*tiny, *flags.split(), '--out']
+    assert job(2, lambda: train.main([*argv, 'whole'])) == [0, 0]
+    for _ in range(4):
+        assert job(2, lambda: train.main([*argv, 'parts', '--minutes', '0'])) == [0, 0]
+    assert all(map(torch.equal, *map(parameters, ('whole', 'parts'))))
+
+
+def test_processes_that_find_different_files_do_not_go_on(runs):
+    argv = [str(runs / name) for name in ('single', 'triple')]
+    codes = job(2, lambda: evaluate.main(argv[:: 1 - 2 * distributed.RANK]))
+    assert codes == [1, 1]
+    assert 'have found different files' in pathlib.Path('end0').read_text()
+
+
 @pytest.mark.parametrize('n', [1, 2, 5])
 def test_a_batch_of_any_size_has_a_share_for_all_that_counts_once(n, monkeypatch):
     monkeypatch.setattr(distributed, 'SIZE', 3)
