@@ -60,7 +60,8 @@ def evaluate(model, x, y, e, args):
                 settings |= {'after': '+'.join(before), 'attacked': len(standing)}
             options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
             options['batch_size'] = args.batch_size
-            with progress(model, settings, math.ceil(len(standing) / distributed.SIZE)):
+            searching = fast.tf32(args.precision == 'tf32')
+            with searching, progress(model, settings, math.ceil(len(standing) / distributed.SIZE)):
                 x_adv = distributed.shared(run_attack)(model, x[standing], y[standing], **options)
             robust = torch.zeros(len(x), dtype=torch.bool)
             robust[standing] = correct(model, x_adv, y[standing], args.batch_size).cpu()
@@ -170,17 +171,18 @@ def evaluate_group(paths, dataset, eps, members, args):
     metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}
     metadata |= {'eps': eps, 'seed': args.seed, 'n': len(index), 'n_test': len(x)}
     metadata |= {'standard': True} if args.standard else {}
+    metadata |= {'precision': 'tf32'} if args.precision == 'tf32' else {}
     paper = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
     alike = len({str(data.pgd_settings(config, eps)) for config in configs}) == 1
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
-    layout = fast.memory_format(args.device)
+    layout = fast.memory_format(args.device, args.precision)
     model, x = model.to(args.device, memory_format=layout), x.contiguous(memory_format=layout)
     table = attack.STANDARD if args.standard else {k: attack.ATTACKS[k] for k in args.attacks}
     attacks = attacks_of(table, configs[0] if alike else paper, eps)
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks)
     e.cascade = args.worst or args.standard
     stem = 'worst' if args.worst else 'evaluate_standard' if args.standard else 'evaluate'
-    e.json = analysis.output(e, stem, args)
+    e.json = analysis.output(e, stem, args, tf32='' if args.precision == 'tf32' else None)
     e.npz = e.json.with_suffix('.npz')
     print(
         f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
@@ -235,6 +237,8 @@ def parse(argv):
         help="AutoAttack's standard evaluation in place of these: APGD-CE, APGD-T, FAB-T and "
         'Square, likewise cumulative; into evaluate_standard.json',
     )
+    text = 'of the search on a GPU; an image has fallen only if a float32 pass says so'
+    p.add_argument('--precision', choices=('fp32', 'tf32'), default='fp32', help=text)
     analysis.add_flags(p)
     args = p.parse_args(argv)
     if bool(args.runs) == bool(args.ensemble):

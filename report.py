@@ -62,10 +62,11 @@ def read(folder, defaults):
         setattr(run, name, largest(results))
     run.constant = 1 in [row['predicted_classes'] for row in (*run.log[-1:], run.dead) if row]
     run.similarity = None if run.constant else run.similarity  # it has no adversarial examples
-    found = {}  # images and seed -> an evaluation; the standard one is a column of it
+    found = {}  # images, seed and precision -> an evaluation; the standard one is a column of it
     for result in load('evaluate'):
         if sorted(result['digests']) == sorted(digests) and result['eps'] == config['eps']:
-            one = found.setdefault((result['n'], result['seed']), result | {'columns': {}})
+            key = result['n'], result['seed'], result.get('precision')
+            one = found.setdefault(key, result | {'columns': {}})
             one['columns'] = columns_of(result) | one['columns']
     run.evaluations = list(found.values())
     pgd = [r['columns']['pgd'] | {'n': r['n']} for r in run.evaluations if 'pgd' in r['columns']]
@@ -141,6 +142,7 @@ def evaluated(runs):
         attacks = {k: columns[k]['settings'] for k in columns if k not in NO_ATTACKS}
         own = {name: config[name] for name in config if name not in FREE}
         own |= {'test images': result['n'], 'attack seed': result['seed']}
+        own |= {'attack precision': result['precision']} if 'precision' in result else {}
         own |= {f'{attack.title(key)} by': attacks[key] for key in attacks}
         own = {name: data.show(name, own[name], config['dataset']) for name in own}
         names = ['clean', *attacks] + ['worst'] * (claims.ATTACKS.keys() <= attacks.keys())

@@ -89,6 +89,27 @@ def test_the_worst_case_alone_is_the_same_from_fewer_attacks(copies, monkeypatch
     assert worst['columns']['pgd100']['settings']['after'] == 'clean+pgd'
 
 
+def test_a_search_in_tf32_is_judged_in_float32_and_keeps_to_a_file_of_its_own(copies, monkeypatch):
+    seen, correct = [], evaluate.correct
+
+    def searched(model, x, y, eps, step_size, n_iter, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return attack.pgd(model, x, y, eps, step_size, n_iter, **options)
+
+    def judged(*args):
+        seen.append(torch.get_float32_matmul_precision())
+        return correct(*args)
+
+    monkeypatch.setitem(attack.ATTACKS, 'pgd', searched)
+    monkeypatch.setattr(evaluate, 'correct', judged)
+    argv = [str(copies / 'single'), '--n-examples', '20', '--attacks', 'pgd']
+    evaluate.main([*argv, '--precision', 'tf32'])
+    assert seen == ['highest', 'high', 'highest']
+    result, _ = result_of(copies / 'single', 'evaluate_tf32*')
+    evaluate.main(argv)
+    assert result['precision'] == 'tf32' and 'precision' not in result_of(copies / 'single', 'evaluate_n*')[0]
+
+
 class Mean(torch.nn.Module):
     """The logarithm of the mean of the members' probabilities."""
 
