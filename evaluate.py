@@ -70,10 +70,12 @@ def evaluate(model, x, y, e, args):
     print(format_row('worst', columns['worst'], dataset))
     if args.standard:
         print(f"AutoAttack's robust accuracy: {100 * (1 - columns['worst']['error']):.2f} %")
-    e.result['warnings'] = masking.signs(model, x, y, e.robust, args.batch_size)
-    for sentence in e.result['warnings'].values():
+    warnings = masking.signs(model, x, y, e.robust, args.batch_size)
+    for sentence in warnings.values():
         print(f'warning: {sentence}')
-    record.save(e.json, e.result)
+    if warnings != e.result.get('warnings'):  # another command may be done with the same file
+        e.result['warnings'] = warnings
+        record.save(e.json, e.result)
 
 
 def keep(e, key, robust, began, **settings):

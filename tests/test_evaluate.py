@@ -89,6 +89,15 @@ def test_the_worst_case_alone_is_the_same_from_fewer_attacks(copies, monkeypatch
     assert worst['columns']['pgd100']['settings']['after'] == 'clean+pgd'
 
 
+def test_a_file_that_gains_nothing_is_not_written(copies):
+    argv = [str(copies / 'single'), '--n-examples', '20', '--attacks', 'pgd']
+    evaluate.main(argv)
+    (path,) = (copies / 'single').glob('evaluate*.json')
+    before = path.stat()
+    evaluate.main(argv)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
 def test_a_search_in_tf32_is_judged_in_float32_and_keeps_to_a_file_of_its_own(copies, monkeypatch):
     seen, correct = [], evaluate.correct
 
@@ -107,7 +116,10 @@ def test_a_search_in_tf32_is_judged_in_float32_and_keeps_to_a_file_of_its_own(co
     assert seen == ['highest', 'high', 'highest']
     result, _ = result_of(copies / 'single', 'evaluate_tf32*')
     evaluate.main(argv)
-    assert result['precision'] == 'tf32' and 'precision' not in result_of(copies / 'single', 'evaluate_n*')[0]
+    assert (
+        result['precision'] == 'tf32'
+        and 'precision' not in result_of(copies / 'single', 'evaluate_n*')[0]
+    )
 
 
 class Mean(torch.nn.Module):
