@@ -80,9 +80,7 @@ def synchronised(model, device):
     if torch.device(device).type == 'cuda':
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        print(
-            f'on a CPU each of {SIZE} processes has its BatchNorm statistics, averaged each epoch'
-        )
+        print(f'each of {SIZE} processes has BatchNorm statistics of its own, averaged each epoch')
     return model
 
 
