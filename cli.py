@@ -37,9 +37,11 @@ def budget(text):
 
 def step(text):
     """A type for argparse: a step as a `budget`, or eps/8, which stays as it is."""
-    if text.startswith('eps') and not re.fullmatch(r'eps/[1-9]\d*', text):
+    if not text.startswith('eps'):
+        return budget(text)
+    if not re.fullmatch(r'eps/[1-9]\d*', text):
         raise argparse.ArgumentTypeError(f'{text!r} is not a fraction such as eps/8')
-    return text if text.startswith('eps') else budget(text)
+    return text
 
 
 def count(text):

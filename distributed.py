@@ -59,10 +59,16 @@ def agree(value):
         raise ValueError(f'the processes have found different files, one {value}; run it again')
 
 
+def own():
+    """This process's places among images that are dealt out, a slice."""
+    return slice(RANK, None, SIZE)
+
+
 def share(n):
     """This process's images of a batch of n, a slice, and how many of them count. A process without
     any gets the first image, counted 0 times, so that its network sees a batch, too."""
-    return (slice(RANK, None, SIZE), len(range(RANK, n, SIZE))) if RANK < n else (slice(1), 0)
+    counted = len(range(n)[own()])
+    return (own(), counted) if counted else (slice(1), 0)
 
 
 def total(*tensors):
@@ -77,6 +83,8 @@ def total(*tensors):
 def synchronised(model, device):
     """`model` with the BatchNorm statistics of whole batches, on cuda; on a CPU, where torch has no
     such layer, each process has those of its images, of which `average` makes one."""
+    if SIZE == 1:
+        return model
     if torch.device(device).type == 'cuda':
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
@@ -98,9 +106,9 @@ def shared(attack):
 
     def run(model, x, y, *, index=None, **options):
         index = torch.arange(len(x)) if index is None else index
-        own, x_adv = slice(RANK, None, SIZE), torch.zeros_like(x)
+        rows, x_adv = own(), torch.zeros_like(x)
         try:
-            x_adv[own] = attack(model, x[own], y[own], index=index[own], **options)
+            x_adv[rows] = attack(model, x[rows], y[rows], index=index[rows], **options)
         except NotFiniteError:
             x_adv[:] = math.nan
         total(x_adv)

@@ -178,7 +178,7 @@ def evaluate_group(paths, dataset, eps, members, args):
     alike = len({str(data.pgd_settings(config, eps)) for config in configs}) == 1
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
     layout = fast.memory_format(args.device, args.precision)
-    model, x = model.to(args.device, memory_format=layout), x.contiguous(memory_format=layout)
+    model = model.to(args.device, memory_format=layout)
     table = attack.STANDARD if args.standard else {k: attack.ATTACKS[k] for k in args.attacks}
     attacks = attacks_of(table, configs[0] if alike else paper, eps)
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks)
@@ -196,7 +196,8 @@ def evaluate_group(paths, dataset, eps, members, args):
         columns = e.result.setdefault('columns', {})
         arrays = record.load(e.npz) if columns else {}
         e.robust = {key: arrays[key] for key in columns if key != 'worst'}
-        evaluate(fast.folded(model, x[:2]), x[index], y[index], e, args)
+        images = x[index].contiguous(memory_format=layout)
+        evaluate(fast.folded(model, x[:2]), images, y[index], e, args)
     return [*files, e.json, e.npz]
 
 

@@ -53,7 +53,7 @@ class Hessian:
     def __init__(self, model, x, y, batch_size=250, keep=4 * 2**30):
         self.model, self.n, self.seen = model, len(x), None
         self.keep = keep // distributed.SIZE
-        x, y = (tensor[distributed.RANK :: distributed.SIZE] for tensor in (x, y))
+        x, y = (tensor[distributed.own()] for tensor in (x, y))
         self.batches = list(zip(x.split(batch_size), y.split(batch_size)))
 
     def __call__(self, v):

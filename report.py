@@ -185,9 +185,8 @@ def cells(own, errors, paper=()):
     """A row of a table that shows the evaluations `own`."""
     row = {n: beside(own[n], paper[n]) if n in paper else notation(own[n]) for n in errors}
     n, constant = len(own), int(own['constant'].sum())
-    minutes, gib = own['minutes'].mean(), own['gib'].max()
-    row |= {'runs': n, 'minutes': f'{minutes:.1f}', 'GiB': f'{gib:.1f}'}
-    row = {name: '—' if value == 'nan' else value for name, value in row.items()}
+    cost = {'minutes': own['minutes'].mean(), 'GiB': own['gib'].max()}
+    row |= {'runs': n} | {k: '—' if np.isnan(cost[k]) else f'{cost[k]:.1f}' for k in cost}
     return row | {'note': f'{constant} of {n} constant classifiers' * bool(constant)}
 
 

@@ -136,8 +136,7 @@ def train(c, state, folder, args):
     torch.manual_seed(c.seed)
     model = models.build(c.model, data.DATASETS[c.dataset], c.width)
     model = model.to(device, memory_format=fast.memory_format(device, c.precision))
-    if distributed.SIZE > 1:
-        model = distributed.synchronised(model, device)
+    model = distributed.synchronised(model, device)
     theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
     optimizer = build_optimizer(model, c)
     log, trace = [], []

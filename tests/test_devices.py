@@ -65,7 +65,7 @@ class Devices(TorchFunctionMode):
     """Makes .device, .to(...) and device=... follow the labels."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs, name, device = dict(kwargs or {}), getattr(func, '__name__', ''), None
+        kwargs, name = dict(kwargs or {}), getattr(func, '__name__', '')
         own = [LABELS.of(tensor) for tensor in tensors_in(args, kwargs)]
         if func == torch.Tensor.is_cuda.__get__:
             return bool(own[0])
@@ -74,18 +74,18 @@ class Devices(TorchFunctionMode):
         if func in (torch.Tensor.to, torch.Tensor.cpu):
             on_cuda, dtype = own[-1] and name != 'cpu', kwargs.get('dtype', args[0].dtype)
             for option in args[1:]:
-                dtype = getattr(
-                    option, 'dtype', option if isinstance(option, torch.dtype) else dtype
-                )
-                if isinstance(option, (str, torch.device)):
+                if isinstance(option, torch.Tensor):
+                    dtype = option.dtype
+                elif isinstance(option, torch.dtype):
+                    dtype = option
+                elif isinstance(option, (str, torch.device)):
                     on_cuda = torch.device(option).type == 'cuda'
             LABELS.waits['to'] += (moves := on_cuda is not own[0])
             return LABELS.label(torch.Tensor.to(args[0], dtype, copy=moves), on_cuda)
-        follows, from_host = (
-            name in ('new_tensor', '__deepcopy__'),
-            name in ('tensor', 'new_tensor'),
-        )
-        made = own[0] if follows else None if own else False
+        from_host = name in ('tensor', 'new_tensor')
+        made = None if own else False
+        if name in ('new_tensor', '__deepcopy__'):
+            made = own[0]
         if (device := kwargs.pop('device', None)) is not None:
             made = torch.device(device).type == 'cuda'
         LABELS.waits[name] += from_host and bool(made)

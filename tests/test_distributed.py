@@ -28,8 +28,8 @@ FLAGS = '--width 2 --n-train 100 --n-eval 50 --batch-size 33 --epochs 4 --n-iter
 FLAGS += ' --step-size eps/2 --lr 0.02 --trace 2 --optimizer sgd --eps-sched linear'  # 33 33 33 1
 
 
-def job(n, *calls):
-    """Calls functions one after the other in each of n processes; their exit codes."""
+def job(n, call):
+    """The exit codes of n processes that each call a script's main."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
@@ -43,8 +43,7 @@ def job(n, *calls):
             os.environ |= {'RANK': str(rank), 'WORLD_SIZE': str(n), 'MASTER_PORT': port}
             os.environ['MASTER_ADDR'] = '127.0.0.1'
             distributed.RANK, distributed.SIZE = rank, n
-            for call in calls:
-                cli.run(call)
+            cli.run(call)
             code = 0
         except SystemExit as end:
             pathlib.Path(f'end{rank}').write_text(str(end))
