@@ -42,8 +42,10 @@ MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes', 'gib'  # abou
 def read(folder, defaults):
     """The run in `folder` and of each analysis the result on the most images for its last model
     and its eps, None or [] where there is none. ValueError where a file is damaged."""
-    config, finished = defaults | record.load_config(folder), record.finished(folder)
-    digests = [record.digest(file) for file in record.period_files(folder, config) if finished]
+    config = defaults | record.load_config(folder)
+    log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
+    digests = [row['digest'] for row in log if 'digest' in row]
+    finished = len(digests) == len(config['periods'])
     own = {'eps': config['eps'], 'digest': (digests or [None])[-1], 'complete': True}
     own |= {'directions': 'eigen'}  # of a surface
 
@@ -55,7 +57,7 @@ def read(folder, defaults):
 
     run = SimpleNamespace(path=folder, config=config, digest=own['digest'])
     run.diverged = (folder / 'diverged.json').exists()
-    run.log, rows = (sum(load(name), []) for name in ('log', 'trace'))
+    run.log, rows = log * finished, sum(load('trace'), [])
     run.trace = {'n': min(config['trace'], max(1, len(rows) // 2)), 'rows': rows} if rows else None
     for name in ANALYSES:
         results = [r for r in load(name) if own.items() <= ({'directions': 'eigen'} | r).items()]

@@ -193,6 +193,7 @@ def save_checkpoint(folder, c, model, optimizer, log, trace):
     ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
     if len(log) in ends:
         record.save(ends[len(log)], model.state_dict())
+        log[-1]['digest'] = record.digest(ends[len(log)])  # by which report.py knows it again
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict()}
     record.save(folder / 'last.pt', state | {'log': log, 'trace': trace})
     save_logs(folder, log, trace)

@@ -5,7 +5,6 @@ import statistics
 
 import pandas as pd
 import pytest
-import torch
 
 import attack
 import data
@@ -34,11 +33,10 @@ def make_run(folder, flags='', n=10000, errors=ERRORS, settings=SETTINGS, classe
     folder.mkdir(parents=True)
     record.save(folder / 'config.json', config | {'provenance': [MADE]})
     rows = [{'epoch': i + 1, 'loss': 1 / (i + 1), 'seconds': 60, 'gib': 0.5} for i in range(3)]
-    record.save(folder / 'log.jsonl', [row | {'predicted_classes': classes} for row in rows])
-    digests = []
-    for file in record.period_files(folder, config):
-        record.save(file, {'name': torch.tensor(list(str(file).encode()))})
-        digests.append(record.digest(file))
+    digests = [f'{folder} {i}' for i, _ in enumerate(config['periods'])]
+    ends = [{'digest': digest} for digest in digests] + [{}, {}]
+    rows = [row | end | {'predicted_classes': classes} for row, end in zip(rows, ends)]
+    record.save(folder / 'log.jsonl', rows)
     attacks = {'pgd': {'step_size': config['step_size'], 'n_iter': config['n_iter']}} | settings
     keys = ['clean', *attacks, 'worst'][: len(errors)]
     columns = {key: {'error': error / 100} for key, error in zip(keys, errors)}
@@ -62,7 +60,7 @@ def analyse(
     risen=(0.5, 0.5),
 ):
     """Adds to a run made by make_run what the analyses leave, made up."""
-    config, digest = record.load_config(folder), record.digest(f'{folder}/period1.pt')
+    config, digest = record.load_config(folder), f'{folder} 0'
     head = {'eps': config['eps'], 'digest': digest, 'n': n, 'complete': True}
     row = {'robust_error': 0.5, 'distance': 0.0}
     start, end = ({**row, 'grad_norm': g} for g in gradients)
@@ -88,7 +86,7 @@ def analyse(
 
 def connect(folder, other, barrier):
     """Adds a curve from the run `folder` to the run `other`."""
-    ends = [record.digest(f'{run}/period1.pt') for run in (folder, other)]
+    ends = [f'{run} 0' for run in (folder, other)]
     ticks = [{'t': t, 'loss': t, 'robust_error': t} for t in (0, 1)]
     points = [tick | {'path': path} for path in ('line', 'bezier') for tick in ticks]
     head = {'eps': record.load_config(folder)['eps'], 'digest': ends[0], 'other': ends[1], 'n': 50}
@@ -232,8 +230,10 @@ def test_a_damaged_run_is_named_and_left_out(tmp_path):
 
 
 def test_an_evaluation_of_an_earlier_training_does_not_count(tmp_path):
-    run = make_run(tmp_path / 'run')
-    record.save(tmp_path / 'run/period1.pt', {'trained': torch.tensor(2.0)})
+    run = make_run(tmp_path / 'run', '--n-train 9')
+    assert len(reported(tmp_path / 'out', run)) == 2
+    log = record.load(tmp_path / 'run/log.jsonl')
+    record.save(tmp_path / 'run/log.jsonl', [{**row, 'digest': 'new'} for row in log[:1]])
     assert len(reported(tmp_path / 'out', run)) == 1
 
 

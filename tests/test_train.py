@@ -42,6 +42,8 @@ def test_a_run_leaves_settings_a_log_and_a_model_for_each_period(runs):
     config, log = record.load_config(folder), log_of(folder)
     assert all(0.1 < row['gib'] < 16 for row in log)
     assert config['periods'] == [2, 1, 1] and config['eps_max'] == 0.2
+    digests = [record.digest(file) for file in record.period_files(folder, config)]
+    assert [row['digest'] for row in log if 'digest' in row] == digests
     assert config['provenance'][0]['torch'] == torch.__version__
     assert [(row['epoch'], row['eps']) for row in log] == [(1, 0), (2, 0.1), (3, 0), (4, 0)]
 
