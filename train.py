@@ -150,7 +150,8 @@ def train(c, state, folder, args):
         print(f'resuming after epoch {len(log)}')
     # static shapes: else it would change to dynamic ones at a moment that a resumed run misses
     compiled = functools.partial(torch.compile, dynamic=False) if args.compile else None
-    net = compiled(model) if compiled else model
+    # mode: on cuda its passes are CUDA graphs
+    net = compiled(model, mode='reduce-overhead') if compiled else model
     dtype = torch.bfloat16 if c.precision == 'bf16' else torch.float32
     adversary = fast.Adversary(model, c.n_iter, x[:2], compiled=compiled, dtype=dtype)
     folded = fast.folded(model, x[:2])
