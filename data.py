@@ -73,6 +73,7 @@ def download(name):
     def arrays(folder):
         from torchvision import datasets  # half a second that only this needs
 
+        folder.mkdir(parents=True, exist_ok=True)
         found = {}
         with filelock.FileLock(folder / '.download.lock'):  # runs may begin together
             for split in 'train', 'test':
@@ -106,7 +107,6 @@ def load(name, data_dir='data', device='cpu'):
     dataset, path = DATASETS[name], pathlib.Path(data_dir) / f'{name}.npz'
     shape, tensors = (dataset.size, dataset.size, dataset.channels), []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = dict(np.load(path)) if path.exists() else dataset.arrays(path.parent)
         pairs = [(arrays[f'x_{split}'], arrays[f'y_{split}']) for split in ('train', 'test')]
         for x, y in pairs:
