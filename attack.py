@@ -99,7 +99,7 @@ def apgd(
     if loss not in LOSSES:
         raise ValueError(f'apgd: loss must be one of {", ".join(LOSSES)}, got {loss!r}')
     # a misclassified point counts as an infinite loss
-    x_adv, best, nan = x.clone(), x.new_full((len(x),), -math.inf), flag(x)
+    x_adv, best = x.clone(), x.new_full((len(x),), -math.inf)
     if not best_loss:
         best[~correct(model, x, y, batch_size)] = math.inf
     restarts, checkpoints = torch.zeros_like(y), y.new_tensor(apgd_checkpoints(n_iter))
@@ -115,9 +115,10 @@ def apgd(
 
     def advance(s):
         criterion = functools.partial(targeted_dlr, target=s.target) if n_targets else LOSSES[loss]
+        nan = flag(x)
         for _ in range(min(4, n_iter + 1 - int(s.k.max()))):
-            nan.logical_or_(apgd_step(s, model, criterion, checkpoints, rho, best_loss))
-        return (s.k > n_iter) | (s.loss_best == math.inf)
+            nan |= apgd_step(s, model, criterion, checkpoints, rho, best_loss)
+        return (s.k > n_iter) | (s.loss_best == math.inf), nan
 
     def finish(s):
         better = s.loss_best > best[s.rows]
@@ -127,7 +128,6 @@ def apgd(
         return s.rows[(restarts[s.rows] < n_restarts) & (best[s.rows] < math.inf)]
 
     run_in_full_batches((best < math.inf).nonzero().squeeze(1), batch_size, start, advance, finish)
-    refuse_nan(nan)
     return x_adv
 
 
@@ -184,7 +184,6 @@ def apgd_step(s, model, criterion, checkpoints, rho, best_loss):
     return nan
 
 
-@functools.cache
 def apgd_checkpoints(n_iter):
     """Iterations ceil(p_j N) where APGD may halve its step; 22 41 57 70 80 87 93 99 for N = 100."""
     p, step, checkpoints = 22, 22, []  # p_j in hundredths, so that ceil sees no rounding error

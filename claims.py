@@ -63,15 +63,14 @@ CLAIMS = {
 def finding(claim, full, place, values, unit='seed', untrained=0, count=False):
     """What independent `values`, one a `unit`, say of a claim at a place, as a tuple of FIELDS; for
     `untrained` of them the baseline is a constant classifier. A `count` has no interval."""
-    n, mean, low, high = len(values), np.mean(values), np.nan, np.nan
+    n, mean, holds, fails = len(values), np.mean(values), False, False
+    ours = ', '.join(f'{value:g}' for value in values) if count else f'{mean:.3g}'
     if count and n >= 3:
-        low, high = min(values), max(values) - 0.5  # none above 0: does not hold
+        holds, fails = min(values) > 0, max(values) <= 0
     elif not count and n >= 2 and np.ptp(values):  # equal values would give an interval of width 0
         low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
-    verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'inconclusive'
-    ours = f'{mean:.3g}' if np.isnan(low) else f'{mean:.3g} ({low:.3g} to {high:.3g})'
-    if count:
-        ours = ', '.join(f'{value:g}' for value in values)
+        holds, fails, ours = low > 0, high < 0, f'{ours} ({low:.3g} to {high:.3g})'
+    verdict = 'holds' if holds else 'does not hold' if fails else 'inconclusive'
     if untrained:
         verdict, place = 'baseline untrained', place + f', {untrained} of {n}' * (untrained < n)
     return claim, full, place, verdict, ours, f'{n} {unit}{"s" * (n != 1)}'

@@ -1,7 +1,6 @@
 """What the command lines of the scripts share: types, flags, progress and one-line errors."""
 
 import argparse
-import contextlib
 import os
 import re
 import sys
@@ -11,7 +10,6 @@ from tqdm import tqdm
 
 import distributed
 import record
-import skip
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -71,7 +69,6 @@ def add_machine_flags(parser):
     add('--device', type=device, default=default, help='cuda if there is one')
     text = 'folder of <dataset>.npz and downloads; $DATA_DIR, or'
     add('--data-dir', default=os.environ.get('DATA_DIR', 'data'), help=text)
-    add('--wait', action='store_true', help='wait while another process uses the folder')
 
 
 class Lines:
@@ -96,18 +93,13 @@ def bar(unit, total, done=0):
 
 
 def run(main):
-    """Runs a script's main: bad input, full memory and Ctrl-C end it with one line, no traceback.
-
-    What main returns are the files of its result, if that is complete (see skip.py).
-    """
-    printed = skip.Tee(sys.stdout)
+    """Runs a script's main: bad input, full memory and Ctrl-C end it with one line."""
     try:
-        with contextlib.redirect_stdout(printed), distributed.joined():
-            files = main()
-        if files and distributed.RANK == 0:
-            skip.leave_stamp(files, printed.text)
+        with distributed.joined():
+            main()
     except record.Diverged as end:
-        distributed.RANK or print(f'{end}: nothing to do')
+        if distributed.RANK == 0:
+            print(f'{end}: nothing to do')
     except (ValueError, OSError, ImportError) as error:
         where = f'process {distributed.RANK}: ' if distributed.SIZE > 1 else ''
         sys.exit(f'{where}error: {" ".join(str(error).split())}')

@@ -26,17 +26,19 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
     """
     steps = min(dim, max_products or 15 * k)
     space = Krylov(matvec, rng.unit_vector(dim, like, seed, 0), steps, seed)
-    found, left = None, None
-    while space.size < steps and left != 0:
-        space.step(latest=bool(left))
+    while space.size < steps:
+        space.step()
         values, S, norms = space.ritz(k)
         if converged(values, norms, tol, like.dtype).sum() < k:
-            left = None
-        elif left and torch.allclose(values, found, tol, rounding(values, like.dtype)):
-            left -= 1
-        else:
-            found, left = values, checks
-            space.rest.append((0, space.random()))
+            continue
+        before = values  # what is missing among them shows in a new random direction
+        space.rest.append((0, space.random()))
+        for _ in range(min(checks, steps - space.size)):
+            space.step(latest=True)
+        values, S, norms = space.ritz(k)
+        all_found = torch.allclose(values, before, tol, rounding(values, like.dtype))
+        if all_found and converged(values, norms, tol, like.dtype).all():
+            break
     return summary(values, S.to(like) @ space.V[: space.size], norms, tol)
 
 

@@ -7,10 +7,6 @@ the same command resumes a killed evaluation. The row of a run lies in its folde
 evals/. An image that is misclassified when clean counts as not robust.
 """
 
-import skip
-
-skip.exit_if_finished(__name__)
-
 import argparse
 import contextlib
 import functools
@@ -158,7 +154,7 @@ def load_groups(paths, args, lenient):
 
 
 def evaluate_group(paths, dataset, eps, members, args):
-    """Evaluates one ensemble as the command line asks, resuming what is there; returns its files.
+    """Evaluates one ensemble as the command line asks, resuming what is there.
 
     The members' training attack is the column PGD; where they differ in it, the paper's is.
     """
@@ -182,8 +178,8 @@ def evaluate_group(paths, dataset, eps, members, args):
     table = attack.STANDARD if args.standard else {k: attack.ATTACKS[k] for k in args.attacks}
     attacks = attacks_of(table, configs[0] if alike else paper, eps)
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks)
-    e.cascade = args.worst or args.standard
-    stem = 'worst' if args.worst else 'evaluate_standard' if args.standard else 'evaluate'
+    e.cascade = args.standard
+    stem = 'evaluate_standard' if args.standard else 'evaluate'
     e.json = analysis.output(e, stem, args, tf32='' if args.precision == 'tf32' else None)
     e.npz = e.json.with_suffix('.npz')
     print(
@@ -191,14 +187,13 @@ def evaluate_group(paths, dataset, eps, members, args):
         f'{dataset}, eps {data.show_eps(eps, dataset)}, seed {args.seed}\n'
         f'  {"":<12}{"so far %" if e.cascade else "error %":>8}   {"95 % interval":<15}{"s":>6}'
     )
-    with record.lock(folder, args.wait), fast.tf32(False):
+    with record.lock(folder), fast.tf32(False):
         e.result = analysis.resume(e.json, metadata, args.device)
         columns = e.result.setdefault('columns', {})
         arrays = record.load(e.npz) if columns else {}
         e.robust = {key: arrays[key] for key in columns if key != 'worst'}
         images = x[index].contiguous(memory_format=layout)
         evaluate(fast.folded(model, x[:2]), images, y[index], e, args)
-    return [*files, e.json, e.npz]
 
 
 def main(argv=None):
@@ -212,11 +207,8 @@ def main(argv=None):
         for paths in ([runs] if args.ensemble else [[run] for run in runs])
         for key, members in load_groups(paths, args, len(runs) > 1).items()
     ]
-    files = [file for group in groups for file in evaluate_group(*group, args)]
-    files += [run / 'diverged.json' for run in runs if (run / 'diverged.json').exists()]
-    # else the command is never done: the folder may gain runs, and excluded runs may finish
-    if {*map(pathlib.Path, named)} <= {*files, *(file.parent for file in files)}:
-        return files
+    for group in groups:
+        evaluate_group(*group, args)
 
 
 def parse(argv):
@@ -227,13 +219,6 @@ def parse(argv):
     add('--ensemble', nargs='+', metavar='PATH', help='runs and checkpoints, as one ensemble')
     keys = list(attack.ATTACKS)
     add('--attacks', nargs='+', choices=keys, default=keys, help='columns of Table 1')
-    add = p.add_mutually_exclusive_group().add_argument
-    add(
-        '--worst',
-        action='store_true',
-        help='only the worst case, at less cost: each attack gets the images that '
-        'withstood the earlier ones, columns are cumulative; into worst.json',
-    )
     add(
         '--standard',
         action='store_true',

@@ -5,15 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from classifier import (
-    correct,
-    flag,
-    has_nan,
-    logits_of,
-    loss_and_gradient,
-    refuse_nan,
-    wrong_classes,
-)
+from classifier import correct, has_nan, logits_of, loss_and_gradient, wrong_classes
 from perturb import attack, per_image, run_in_full_batches
 
 
@@ -42,7 +34,7 @@ def fab(
     found, at whatever distance, and their l_inf distances, (N,), infinite where there is none.
     It draws no random numbers: `seed` and `index` change nothing.
     """
-    x_adv, tried, nan = x.clone(), torch.zeros_like(y), flag(x)
+    x_adv, tried = x.clone(), torch.zeros_like(y)
     distance = x.new_zeros(len(x)).masked_fill(correct(model, x, y, batch_size), math.inf)
     targets = wrong_classes(model, x, y, n_targets, batch_size)
     enough = -1 if best_distance else eps
@@ -54,8 +46,8 @@ def fab(
         return s
 
     def advance(s):
-        nan.logical_or_(fab_step(s, model, alpha_max, eta, beta))
-        return (s.k == n_iter) | (s.distance <= enough)
+        nan = fab_step(s, model, alpha_max, eta, beta)
+        return (s.k == n_iter) | (s.distance <= enough), nan
 
     def finish(s):
         x_adv[s.rows], distance[s.rows] = s.x_best, s.distance
@@ -64,7 +56,6 @@ def fab(
 
     waiting = (distance == math.inf).nonzero().squeeze(1)
     run_in_full_batches(waiting, batch_size, start, advance, finish)
-    refuse_nan(nan)
     if best_distance:
         return x_adv, distance
     return torch.where(per_image(distance <= eps), x_adv, x)

@@ -35,9 +35,6 @@ def folded(model, x):
     since. A model that torch.fx cannot trace, or whose copy computes something else on the images
     x, (N, C, H, W), a few, is wrapped as it is.
     """
-    if isinstance(model, Folded):
-        model.refold()
-        return model
     try:
         with frozen(model), torch.no_grad(), tf32(False):
             fast = Folded(*fold(model))

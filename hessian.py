@@ -5,10 +5,6 @@ them fixed and takes the Hessian of their mean cross-entropy with respect to all
 writes RUN/hessian*.json and, with the eigenvectors, RUN/hessian*.pt. Re-running it resumes it.
 """
 
-import skip
-
-skip.exit_if_finished(__name__)
-
 import argparse
 import copy
 import functools
@@ -46,32 +42,30 @@ class Hessian:
     """The matrix of `hvp` for many products: hessian(v) is H v, with the same bits.
 
     A product differentiates the gradient, whose graph does not depend on v: graphs are kept for as
-    many batches as `keep` bytes hold, and a further product takes 3/5 of the time. They are made
-    anew when parameters or statistics of the model have changed; x and y must stay as they are.
+    many batches as `keep` bytes hold, and a further product takes 3/5 of the time. Between products
+    the model, x and y must stay as they are.
     """
 
     def __init__(self, model, x, y, batch_size=250, keep=4 * 2**30):
-        self.model, self.n, self.seen = model, len(x), None
-        self.keep = keep // distributed.SIZE
+        self.model, self.n = model, len(x)
+        self.graphs, self.room = {}, keep // distributed.SIZE
         x, y = (tensor[distributed.own()] for tensor in (x, y))
         self.batches = list(zip(x.split(batch_size), y.split(batch_size)))
 
     def __call__(self, v):
-        now, total = [*self.model.parameters(), *self.model.buffers()], torch.zeros_like(v)
-        if self.seen is None or not all(map(torch.equal, now, self.seen)):
-            self.seen = [tensor.detach().clone() for tensor in now]
-            self.graphs, self.room = {}, self.keep
+        total = torch.zeros_like(v)
         for i, batch in enumerate(self.batches):
-            gradient, theta, size = self.graphs.get(i) or self.gradient(*batch)
-            if i not in self.graphs and size <= self.room:
-                self.graphs[i], self.room = (gradient, theta, size), self.room - size
+            kept = i in self.graphs
+            gradient, theta, size = self.graphs[i] if kept else self.gradient(*batch)
+            if not kept and size <= self.room:
+                self.graphs[i], kept = (gradient, theta, size), True
+                self.room -= size
             # of a parameter that the loss does not use, or is linear in, the gradient is constant
             pairs = [p for p in zip(gradient, analysis.unflat(v, theta)) if p[0].requires_grad]
             if pairs:
                 outputs, parts = zip(*pairs)
-                kept = i in self.graphs
-                rows = torch.autograd.grad(outputs, theta, parts, kept, materialize_grads=True)
-                total += analysis.flat(rows)
+                options = {'retain_graph': kept, 'materialize_grads': True}
+                total += analysis.flat(torch.autograd.grad(outputs, theta, parts, **options))
         distributed.total(total)
         if not total.isfinite().all():
             raise NotFiniteError('the Hessian of the loss is not finite')
@@ -129,7 +123,7 @@ def analyze(run, args):
     eps = data.show_eps(run.eps, run.metadata['dataset'])
     print(f'{path}: {dim:,} parameters, {len(run.x):,} images, eps {eps}', flush=True)
     total = args.max_products + args.trace + 50 * args.density
-    with record.lock(run.folder, args.wait), cli.bar(' products at most', total) as bar:
+    with record.lock(run.folder), cli.bar(' products at most', total) as bar:
         result = analysis.resume(path, run.metadata | {'dim': dim}, args.device)
 
         @functools.cache
@@ -167,7 +161,7 @@ def analyze(run, args):
         result['complete'] = True
         record.save(path, result)
     show(result)
-    return [path, vectors_path, run.metadata['checkpoint']]
+    return [path, vectors_path]
 
 
 def has_pairs(result, args):
@@ -192,17 +186,15 @@ def show(result):
 
 def main(argv=None):
     args = parse(argv)
-    for path in args.runs:
-        record.members(path)  # what is wrong with a later one is said before hours go to the first
     with fast.tf32(False):
-        return [file for path in args.runs for file in analyze(analysis.load_run(path, args), args)]
+        return analyze(analysis.load_run(args.run, args), args)
 
 
 def parse(argv):
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = parser.add_argument
-    add('runs', nargs='+', metavar='RUN', help='run folders (their last model) or checkpoints')
+    add('run', help='run folder (its last model) or checkpoint')
     add('--k', type=cli.count, default=20, help='number of eigenpairs')
     add('--solver', choices=SOLVERS, default='lanczos', help="power: the paper's, 15 x the cost")
     add('--tol', type=float, default=1e-3, help='relative residual at which a pair has converged')

@@ -3,10 +3,6 @@
 A command writes RUN/<command>*.json; given again, it resumes. Eigenvectors are hessian.py's.
 """
 
-import skip
-
-skip.exit_if_finished(__name__)
-
 import argparse
 import math
 import statistics
@@ -24,13 +20,6 @@ import record
 import rng
 import schedule
 from classifier import mean_loss, predict
-
-
-def output(run, stem, args, *flags, **more):
-    """The path of a result and its metadata: the run's, the command's `flags`, and `more`."""
-    settings = {flag: getattr(args, flag) for flag in flags}
-    tags = {f'{flag}_': value for flag, value in settings.items() if value != args.default(flag)}
-    return analysis.output(run, stem, args, **tags), run.metadata | settings | more
 
 
 def compute_missing(path, metadata, keys, compute, args):
@@ -79,46 +68,32 @@ def similarity(run, args):
             errors += [error for _, _, error in ends]
         return {'cosine': statistics.mean(cosines), 'robust_error': statistics.mean(errors)}
 
-    path, metadata = output(run, 'similarity', args, eigenvectors=source)
+    path = analysis.output(run, 'similarity', args)
     keys = [{'direction': direction, 'a': a} for direction in directions for a in args.a]
+    metadata = run.metadata | {'eigenvectors': source}
     result = compute_missing(path, metadata, keys, compute, args)
     record.save(path, result | {'complete': True})
     print(pandas.DataFrame(result['points']).to_string(index=False))
-    return [path, run.metadata['checkpoint'], *run.folder.glob('hessian*.pt')]
-
-
-def filter_normalised(model, *words):
-    """A random direction, (dim,), each filter (row of a weight) of the norm of the model's, all
-    biases and BatchNorm's parameters 0 (Li et al. 2018)."""
-    theta = list(model.parameters())
-    vector = rng.unit_vector(sum(p.numel() for p in theta), theta[0], *words)
-    for part, p in zip(analysis.unflat(vector, theta), theta):  # views: the vector changes in place
-        if p.dim() < 2:
-            part.zero_()
-        else:
-            rows = part.flatten(1)
-            rows *= p.detach().flatten(1).norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True)
-    return vector
+    return path
 
 
 def surface(run, args):
     """Figure 12: L_eps and robust error at theta + a v_1 + b v_2, a and b on a grid."""
-    (v_1, v_2), source = [filter_normalised(run.model, args.seed, i) for i in (5, 6)], None
-    if args.directions == 'eigen':
-        (v_1, v_2), source = analysis.eigenvectors(run, 2)
+    (v_1, v_2), source = analysis.eigenvectors(run, 2)
     model = fast.folded(run.model, run.x[:8])
 
     def compute(a, b):
         _, loss, error = attacked(run, model, a * v_1 + b * v_2, args.seed)
         return {'loss': loss, 'robust_error': error}
 
-    path, metadata = output(run, 'surface', args, 'directions', eigenvectors=source)
+    path = analysis.output(run, 'surface', args)
     ticks = [args.radius * (2 * i / max(1, args.grid - 1) - 1) for i in range(args.grid)]
     keys = [{'a': a, 'b': b} for a in ticks for b in ticks]
+    metadata = run.metadata | {'eigenvectors': source}
     result = compute_missing(path, metadata, keys, compute, args)
     record.save(path, result | {'complete': True})
     print(pandas.DataFrame(result['points']).agg(['min', 'max']))
-    return [path, run.metadata['checkpoint'], *run.folder.glob('hessian*.pt')]
+    return path
 
 
 def bezier(t, points):
@@ -169,9 +144,11 @@ def connect(run, args):
     alike = [(e.metadata['dataset'], e.eps, [p.shape for p in e.model.parameters()]) for e in ends]
     if run.metadata['digest'] == other.metadata['digest'] or alike[0] != alike[1]:
         raise ValueError(f'{args.run}, {args.other}: no two networks of one shape, dataset and eps')
-    flags, digest = ('n_control', 'epochs', 'lr', 'train_batch_size'), other.metadata['digest']
-    stem = f'connect_{other.folder.resolve().name}'
-    path, metadata = output(run, stem, args, *flags, curve='bezier', other=digest)
+    path = analysis.output(run, f'connect_{other.folder.resolve().name}', args)
+    metadata = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
+    metadata |= {
+        name: vars(args)[name] for name in ('n_control', 'epochs', 'lr', 'train_batch_size')
+    }
     line = torch.stack([analysis.flat(end.model.parameters()) for end in ends])
     share = torch.arange(args.n_control).to(line)[:, None] / (args.n_control - 1)
     curves = {'line': line, 'bezier': (1 - share) * line[0] + share * line[1]}
@@ -193,7 +170,7 @@ def connect(run, args):
     print(table)
     result |= {'barriers': table['barrier'].to_dict(), 'train_losses': losses, 'complete': True}
     record.save(path, result)
-    return [path, path.with_suffix('.pt'), *(end.metadata['checkpoint'] for end in ends)]
+    return path
 
 
 def dead_units(model, x, batch_size=250):
@@ -223,18 +200,18 @@ def dead_units(model, x, batch_size=250):
 
 def dead(run, args):
     """C.2.4: the share of units in each layer that no training image activates."""
-    path, metadata = output(run, 'dead', args)
+    path = analysis.output(run, 'dead', args)
     classes, units = dead_units(run.model, run.x, args.batch_size)
     rows = [(layer, len(gone), gone.sum().item()) for layer, gone in units.items()]
     layers = pandas.DataFrame(rows, columns=['layer', 'units', 'dead'])
     layers['share'], layers['all'] = layers.dead / layers.units, layers.dead == layers.units
     n_classes = len(classes.unique())
-    result = metadata | {'layers': layers.to_dict('records'), 'predicted_classes': n_classes}
+    result = run.metadata | {'layers': layers.to_dict('records'), 'predicted_classes': n_classes}
     result['complete'] = True
     record.add_provenance(result, args.device)
     record.save(path, result)
     print(f'{args.run} predicts {n_classes} class(es)', layers.to_string(index=False), sep='\n')
-    return [path, run.metadata['checkpoint']]
+    return path
 
 
 def main(argv=None):
@@ -243,15 +220,14 @@ def main(argv=None):
 
     def command(run):
         sub = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=cli.HelpFormatter)
-        sub.set_defaults(command=run, default=sub.get_default)
+        sub.set_defaults(command=run)
         sub.add_argument('run', help='run folder (its last model) or checkpoint')
         analysis.add_flags(sub)
         return sub.add_argument
 
     add, a = command(similarity), [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]
     add('--a', type=float, nargs='+', default=a, help='displacements along the unit vector v')
-    add, text = command(surface), 'top two eigenvectors, or two random filter-normalised directions'
-    add('--directions', choices=('eigen', 'filter'), default='eigen', help=text)
+    add = command(surface)
     add('--grid', type=cli.count, default=21, help='points a side')
     add('--radius', type=float, default=0.5, help='largest displacement')
     add = command(connect)
@@ -264,7 +240,7 @@ def main(argv=None):
     command(dead)
     args = parser.parse_args(argv)
     run = analysis.load_run(args.run, args)
-    with fast.tf32(False), record.lock(run.folder, args.wait):
+    with fast.tf32(False), record.lock(run.folder):
         return args.command(run, args)
 
 

@@ -91,7 +91,8 @@ def run_in_full_batches(waiting, batch_size, start, advance, finish):
 
     `waiting` are the places of the images, (N,). start(rows) is the state of the search for these
     images, a namespace of tensors, one entry per image. advance(state) takes some steps and says
-    which images are done, (n,) bool. finish(state) of these returns the rows that start anew.
+    which images are done, (n,) bool, and whether a loss or gradient was nan, (). finish(state) of
+    those that are done returns the rows that start anew.
     """
     state = start(waiting[:0])
     while len(waiting) + len(state.rows):
@@ -101,7 +102,8 @@ def run_in_full_batches(waiting, batch_size, start, advance, finish):
             state = SimpleNamespace(
                 **{name: torch.cat([values, begun[name]]) for name, values in vars(state).items()}
             )
-        done = advance(state)
+        done, nan = advance(state)
+        refuse_nan(nan)
         if done.any():
             waiting = torch.cat([waiting, finish(take(state, done))])
             state = take(state, ~done)

@@ -85,9 +85,9 @@ def load(path):
 
 
 @contextlib.contextmanager
-def lock(folder, wait=False):
-    """Holds `folder`, created if missing, for this job; ValueError if another job holds it, unless
-    `wait`. The lock is released when its holder ends, even by SIGKILL."""
+def lock(folder):
+    """Holds `folder`, created if missing, for this job, once no other job holds it. The lock is
+    released when its holder ends, even by SIGKILL."""
     if distributed.RANK > 0:  # the first process holds it
         distributed.wait()
         yield
@@ -98,10 +98,7 @@ def lock(folder, wait=False):
     try:
         acquired = folder_lock.acquire(blocking=False)
     except filelock.Timeout:
-        in_use = f'{folder} is in use by another process'
-        if not wait:
-            raise ValueError(f'{in_use}; --wait waits for it') from None
-        print(f'{in_use}; waiting for it')
+        print(f'{folder} is in use by another process; waiting for it')
         acquired = folder_lock.acquire()
     with acquired:
         distributed.wait()
@@ -242,4 +239,5 @@ def add_provenance(result, device):
     session = {'commit': commit, 'python': platform.python_version(), 'torch': torch.__version__}
     session |= {'device': name, 'date': datetime.date.today().isoformat()}
     sessions = result.setdefault('provenance', [])
-    sessions += [session] * (session not in sessions)
+    if session not in sessions:
+        sessions.append(session)

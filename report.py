@@ -6,10 +6,6 @@ which says what each picture shows, table1.md and .csv, and claims.md. Over seed
 and deviation: 8.58(89) is 8.58 +- 0.89.
 """
 
-import skip
-
-skip.exit_if_finished(__name__)
-
 import argparse
 import copy
 import itertools
@@ -47,7 +43,6 @@ def read(folder, defaults):
     digests = [row['digest'] for row in log if 'digest' in row]
     finished = len(digests) == len(config['periods'])
     own = {'eps': config['eps'], 'digest': (digests or [None])[-1], 'complete': True}
-    own |= {'directions': 'eigen'}  # of a surface
 
     def load(name):
         return [record.load(path) for path in sorted(folder.glob(f'{name}*.json*')) if finished]
@@ -60,7 +55,7 @@ def read(folder, defaults):
     run.log, rows = log * finished, sum(load('trace'), [])
     run.trace = {'n': min(config['trace'], max(1, len(rows) // 2)), 'rows': rows} if rows else None
     for name in ANALYSES:
-        results = [r for r in load(name) if own.items() <= ({'directions': 'eigen'} | r).items()]
+        results = [result for result in load(name) if own.items() <= result.items()]
         setattr(run, name, largest(results))
     run.constant = 1 in [row['predicted_classes'] for row in (*run.log[-1:], run.dead) if row]
     run.similarity = None if run.constant else run.similarity  # it has no adversarial examples
@@ -233,8 +228,7 @@ def markdown(heading, frame):
 
 
 def write(args, runs, studies):
-    """Writes all that `runs` and `studies` suffice for, and shows the tables and the verdicts;
-    returns the files."""
+    """Writes all that `runs` and `studies` suffice for, and shows the tables and the verdicts."""
     theory = record.load(args.theory) if args.theory.exists() else {}
     frame, settings, errors = evaluated(runs)
     found = [*claims.of_table(frame, settings), *claims.of_theory(theory)]
@@ -245,7 +239,7 @@ def write(args, runs, studies):
         s for run in runs for made in (run.config, *run.evaluations) for s in made['provenance']
     ]
     made = {f'- commit {s["commit"]}, torch {s["torch"]}, {s["device"]}\n' for s in sessions}
-    with record.lock(args.out, wait=True):
+    with record.lock(args.out):
         shown = figures.draw(studies, theory, args.out)
         texts = {
             'table1.md': ''.join(itertools.starmap(markdown, numbers.items()))
@@ -263,7 +257,6 @@ def write(args, runs, studies):
         if paper != smaller:  # else neither was measured
             print(f"{claim:<70} the paper's size: {paper}; smaller: {smaller}")
     print(f'written to {args.out}: {", ".join([*texts, *shown])}')
-    return [args.out / name for name in (*texts, *shown)]
 
 
 def main(argv=None):
@@ -289,24 +282,19 @@ def main(argv=None):
                     damaged.append(f'{path} is left out: {error}')
         return [runs[path] for path in paths if runs[path]]
 
-    named = args.runs or list(pathlib.Path().glob('ckpts'))
-    load(named)
+    load(args.runs or pathlib.Path().glob('ckpts'))
     groups = [(kind, load(paths)) for kind in STUDIES for paths in getattr(args, kind)]
     studies = [make_study(kind, group) for kind, group in groups if group]
     runs = list(filter(None, runs.values()))
     if not runs and (args.out / 'table1.md').exists():
         why = '; '.join(damaged) or 'there is no run to report on'
         raise ValueError(f'{why}; {args.out} stays as it is')
-    files = write(args, runs, studies)
+    write(args, runs, studies)
     idle = [run for run in runs if not run.evaluations and not any(vars(run)[n] for n in ANALYSES)]
     if idle:
         print(f'trained, but not evaluated: {", ".join(str(run.path) for run in idle)}')
     if damaged:
         sys.exit('\n'.join(f'error: {line}' for line in damaged))
-    # a folder's time changes with the files in it
-    below = [path for root in (*named, 'evals') for path in pathlib.Path(root).rglob('[!.]*')]
-    folders = [*named, *(path for path in below if path.is_dir()), *(run.path for run in runs)]
-    return [*files, *folders]
 
 
 if __name__ == '__main__':

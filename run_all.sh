@@ -124,14 +124,13 @@ main() {
             table1 | standard | budget | rate | width | connect | theory) parts+=" $1" ;;
             fig[2348] | fig1[12] | c22) parts+=' budget' ;; fig5 | c23) parts+=' rate' ;;
             fig1) parts+=' theory' ;; c24) parts+=' width' ;; c25) parts+=' connect' ;;
-            appendix) parts+=' budget rate width connect' ;;
             *) fail "'$1' is unknown; bash run_all.sh --help names all" ;;
         esac
         shift
     done
     [[ $I/$N =~ ^[1-9][0-9]*/[1-9][0-9]*$ && $I -le $N ]] || fail "--shard takes I/N, not $I/$N"
-    [[ ! " $*" =~ \ --(ou|se|data-|de|wa) ]] ||
-        fail 'the table itself gives train.py --out, --seed, --data-dir, --device and --wait'
+    [[ ! " $*" =~ \ --(out|seed|data-dir|device) ]] ||
+        fail 'the table itself gives train.py --out, --seed, --data-dir and --device'
     [[ $# -lt 2 ]] || extra=$(printf ' %q' "${@:2}")
     [[ -z ${DATA_DIR:-} ]] || data=" --data-dir $(cd "$DATA_DIR" > /dev/null && printf %q "$PWD")"
     base=$(command -v "${PYTHON:-python3}") || fail "${PYTHON:-python3} is not installed"
@@ -143,21 +142,27 @@ main() {
     py=$(printf %q "$python")
     [[ $size == paper ]] || py="OMP_NUM_THREADS=1 $py" cpu=1 JOBS=${JOBS:-$(nproc)}
     [[ $size != quick ]] || seeds='0 1'
-    shared="$data --wait${cpu:+ --device cpu}" seeds=${SEEDS:-$seeds} first=${seeds%% *}
+    shared="$data${cpu:+ --device cpu}" seeds=${SEEDS:-$seeds} first=${seeds%% *}
     : "${parts:=table1 standard budget rate width connect theory}"
     [[ $seeds =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "SEEDS=\"$seeds\" is not a list such as \"0 1 2\""
     "$size" && plan
     [[ ${#jobs[@]} -gt 0 ]] || { echo 'no job is of this part, SEEDS and shard' && exit; }
-    check="-c 'import train; train.settings(train.parser().parse_args())'" line=${line%% && *}
-    [[ -z $extra ]] || eval "${line/train.py/$check}" || fail "train.py does not take$extra"
+    [[ -z $extra ]] || "$python" -c 'import sys, train; train.config_of(sys.argv[1:])' "${@:2}" ||
+        fail "train.py does not take$extra"
     [[ -z $list ]] || { printf '%.0s%s\n' "${jobs[@]}" && echo "$report" >&2 && exit; }
     [[ -n $cpu || ${jobs[*]} != *train.py* ]] || "$python" -c 'import torch; torch.cuda.init()' \
         2> /dev/null || fail 'no GPU is here: use --quick (minutes), --small (hours) or --cpu'
     mkdir -p "ckpts/$size" && echo "$((${#jobs[@]} / 2)) jobs, ${JOBS:=1} at once; output: logs/"
+    code=$(cat -- *.py | cksum) && export code
     failed=$(printf '%s\0' "${jobs[@]}" | xargs -0 -n 2 -P "$JOBS" bash -c '
-        kill -0 $0 2> /dev/null || exit 255  # without run_all.sh, xargs starts no further job
-        log=logs/$1.log && mkdir -p "${log%/*}" && echo "$1 ..." >&2
-        bash -c "$2" >> "$log" 2>&1 < /dev/null || echo "$log: $(tail -n 1 "$log")"' $$) ||
+        runner=$0 name=$1 line=$2 log=logs/$1.log stamp=logs/$1.done
+        kill -0 "$runner" 2> /dev/null || exit 255  # without run_all.sh, xargs starts no further job
+        run=${line#*--out } run=${run%% *}
+        state() { echo "$line $code" && ls "$run" evals 2> /dev/null || true; }
+        [[ $(cat "$stamp" 2> /dev/null) != "$(state)" ]] || exit 0  # it ended well, nothing changed
+        mkdir -p "${log%/*}" && echo "$name ..." >&2
+        bash -c "$line" >> "$log" 2>&1 < /dev/null && state > "$stamp" ||
+            echo "$log: $(tail -n 1 "$log")"' $$) ||
         fail 'interrupted; the same command resumes'
     plan  # again, with the runs that are there now
     eval "$report" || failed+=$'\nthe report'

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from classifier import correct, flag, has_nan, logits_of, margin, refuse_nan
+from classifier import correct, flag, has_nan, logits_of, margin
 from perturb import attack, box, per_image, run_in_full_batches
 from rng import uniform
 
@@ -55,7 +55,7 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
             s.x_adv = torch.where(per_image(new < s.best), x_new, s.x_adv)
             s.best = torch.minimum(new, s.best)
         s.query = s.query + len(queries)
-        return (s.query > n_queries) | (s.best == -math.inf)
+        return (s.query > n_queries) | (s.best == -math.inf), nan
 
     def finish(s):
         x_adv[s.rows] = s.x_adv
@@ -63,7 +63,6 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
 
     standing = correct(model, x, y, batch_size).nonzero().squeeze(1)
     run_in_full_batches(standing, batch_size, start, advance, finish)
-    refuse_nan(nan)
     return x_adv
 
 

@@ -6,10 +6,6 @@ one: every random number is a function of seed, epoch and batch. Budgets are typ
 the pixel range, 8/255 or 0.4.
 """
 
-import skip
-
-skip.exit_if_finished(__name__)
-
 import argparse
 import functools
 import itertools
@@ -68,7 +64,6 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         with autocast:
             x_adv = x_batch
             if eps >= 1e-6:  # below is clean training, as in the paper's code
-                bar.bar_format = None  # from now on its estimate of the time left is true
                 step_size, start = c.step_size * eps / c.eps, eps if c.start == 'eps' else None
                 seed = rng.fold_in(c.seed, epoch, i)
                 x_adv = adversary(x_batch, y_batch, eps, step_size, start=start, seed=seed)
@@ -76,13 +71,13 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         optimizer.zero_grad()
         (loss * (counted / n)).backward()
         distributed.total(*(theta.grad for theta in net.parameters() if theta.grad is not None))
-        wrong = (logits.argmax(1) != y_batch).sum() * min(counted, 1)
+        wrong = (logits.argmax(1) != y_batch)[:counted].sum()
         loss_sum += loss.detach() * counted
         errors += wrong
         seen += n
         update = epoch * n_batches + i
         if c.trace and not c.trace <= update < c.epochs * n_batches - c.trace:
-            distributed.total(wrong := wrong.clone())
+            distributed.total(wrong)
             moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
             grad_norm = norm(*(theta.grad for theta in net.parameters()))
             trace.append((update, grad_norm, wrong / n, norm(*moved)))
@@ -104,9 +99,12 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
 
 def clock(c, epoch, batch, n_batches):
     """t, eps and lr of a batch of an epoch, under the settings c."""
-    now, step = (epoch + batch / n_batches, 1 / n_batches) if c.clock == 'batch' else (epoch, 1)
-    t, ahead = (schedule.progress(now, c.periods, ahead=after) for after in (0, step))
-    lr = schedule.lr_at(t, c.lr_sched, c.lr) * schedule.warmup_at(ahead, c.lr_warmup)
+    now, step = epoch, 1
+    if c.clock == 'batch':
+        now, step = epoch + batch / n_batches, 1 / n_batches
+    t = schedule.progress(now, c.periods)
+    t_end = schedule.progress(now, c.periods, ahead=step)  # of the update or epoch
+    lr = schedule.lr_at(t, c.lr_sched, c.lr) * schedule.warmup_at(t_end, c.lr_warmup)
     return t, schedule.eps_at(t, c.eps_sched, c.eps, c.eps_min, c.eps_max), lr
 
 
@@ -156,7 +154,6 @@ def train(c, state, folder, args):
     adversary = fast.Adversary(model, c.n_iter, x[:2], compiled=compiled, dtype=dtype)
     folded = fast.folded(model, x[:2])
     with cli.bar(' images', c.epochs * len(x), len(log) * len(x)) as bar:
-        bar.bar_format = '{percentage:3.0f}%{postfix}'
         for epoch in range(len(log), c.epochs):
             start = time.monotonic()
             try:
@@ -228,7 +225,7 @@ def build_optimizer(model, c):
 
 
 # flags that are no settings of a run: they say where and when to compute, or stand for others
-NO_SETTINGS = 'device', 'data_dir', 'wait', 'out', 'minutes', 'compile', 'periodic'
+NO_SETTINGS = 'device', 'data_dir', 'out', 'minutes', 'compile', 'periodic'
 
 
 def settings(args):
@@ -267,7 +264,9 @@ def config_of(flags):
 
 def parser():
     """The command line; flags without a default have the paper's for the dataset."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False
+    )
     add = p.add_argument
     add('--dataset', choices=data.DATASETS, default='mnist5k', help='mnist5k needs no download')
     add('--model', choices=models.MODELS, help='lenet for MNIST, resnet18 for CIFAR10')
@@ -323,18 +322,18 @@ def main(argv=None):
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # a resumed run is bit-identical
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     defaults = config_of([])
-    config, diverged = folder / 'config.json', folder / 'diverged.json'
-    with record.lock(folder, args.wait):
+    diverged = folder / 'diverged.json'
+    with record.lock(folder):
         state = record.start(folder, vars(c), defaults, args.device)
         if not diverged.exists() and not record.finished(folder):
             train(c, state, folder, args)
         if diverged.exists():
             epoch = record.load(diverged)['epoch']
             print(f'{folder} diverged in epoch {epoch}, which is its result; try a smaller --lr')
-            return [config, diverged]
+            return
         if record.finished(folder):
             print(f'{folder} is finished. Next: python evaluate.py {folder}')
-            return [config, *record.period_files(folder, vars(c))]
+            return
     print(f'{folder} stopped for --minutes {args.minutes:g}; the same command resumes it')
 
 

@@ -374,7 +374,7 @@ def test_batches_are_kept_full_and_the_search_for_an_image_does_not_depend_on_ot
     def advance(s):  # a search for image i takes i % 7 + 1 steps, each of which adds i
         assert len(s.rows) == min(8, len(pending))
         s.steps, s.sum = s.steps + 1, s.sum + s.rows
-        return s.steps > s.rows % 7
+        return s.steps > s.rows % 7, torch.tensor(False)
 
     def finish(s):  # every third starts anew, once
         results.update(zip(s.rows.tolist(), s.sum.tolist()))

@@ -68,27 +68,6 @@ def spies(monkeypatch, note):
     return noted
 
 
-def test_the_worst_case_alone_is_the_same_from_fewer_attacks(copies, monkeypatch):
-    sizes = []
-
-    def counted(model, x, *rest, run, **options):
-        sizes.append(len(x))
-        return run(model, x, *rest, **options)
-
-    argv = [str(copies / 'single'), '--n-examples', '20', '--attacks', 'pgd', 'pgd100']
-    for key in 'pgd', 'pgd100':
-        run = attack.ATTACKS[key]
-        wrapped = functools.wraps(run)(functools.partial(counted, run=run))
-        monkeypatch.setitem(attack.ATTACKS, key, wrapped)
-    evaluate.main(argv)
-    evaluate.main([*argv, '--worst'])
-    robust, (worst, alone) = result_of(copies / 'single')[1], result_of(copies / 'single', 'worst*')
-    assert np.array_equal(alone['worst'], robust['worst'])
-    assert np.array_equal(alone['pgd100'], robust['pgd'] & robust['pgd100'])
-    assert sizes == [robust['clean'].sum()] * 3 + [robust['pgd'].sum()] and sizes[3] < sizes[2]
-    assert worst['columns']['pgd100']['settings']['after'] == 'clean+pgd'
-
-
 def test_a_file_that_gains_nothing_is_not_written(copies):
     argv = [str(copies / 'single'), '--n-examples', '20', '--attacks', 'pgd']
     evaluate.main(argv)
@@ -161,7 +140,7 @@ def test_one_ensemble_of_each_dataset_and_budget_at_any_depth(copies, capsys):
     record.save(copies / 'c/diverged/diverged.json', {'epoch': 3})
     shutil.copy(pathlib.Path(data.__file__).with_name('mnist5k.npz'), 'mnist.npz')
     checkpoint = str(copies / 'triple/period1.pt')  # counts once
-    files = evaluate.main(['--ensemble', str(copies), checkpoint, *FEW, '--data-dir', '.'])
+    evaluate.main(['--ensemble', str(copies), checkpoint, *FEW, '--data-dir', '.'])
     found = [record.load(path) for path in pathlib.Path('evals').rglob('*.json')]
     found = {(result['dataset'], result['eps'], len(result['members'])) for result in found}
     assert found == {('mnist5k', 0.1, 4), ('mnist5k', 0.2, 1), ('mnist', 0.1, 1)}
@@ -169,13 +148,11 @@ def test_one_ensemble_of_each_dataset_and_budget_at_any_depth(copies, capsys):
     assert f'left out: {copies}/c/unfinished is not finished' in text
     assert f'left out: {copies}/c/diverged diverged in epoch 3' in text
     assert f'.json: {copies}/a/b/eps/period1.pt\n' in text
-    assert files is None  # more runs may come, so that the command is never done for good
 
 
 def test_a_diverged_run_does_not_stop_the_evaluation_of_others(copies, capsys):
     record.save(copies / 'single/diverged.json', {'epoch': 3})
-    files = evaluate.main([str(copies / 'single'), str(copies / 'triple'), *FEW])
-    assert copies / 'single/diverged.json' in files  # all that it has to say is said
+    evaluate.main([str(copies / 'single'), str(copies / 'triple'), *FEW])
     assert 'single diverged in epoch 3' in capsys.readouterr().out
     assert [path.parent.name for path in copies.glob('*/evaluate*.json')] == ['triple']
 

@@ -91,23 +91,11 @@ print(peak() - before)
     assert printed(code) < 20e6  # the graphs of all take 63 MB
 
 
-CHANGES = {
-    'parameter': lambda model: model[0].weight.data.mul_(2),
-    'permutation': lambda model: model[4].weight.data.copy_(model[4].weight.data.flip(1)),
-    'variance': lambda model: model[1].running_var.mul_(2),
-}
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_products_follow_parameters_and_statistics_that_change(change):
+def test_a_product_that_is_not_finite_is_refused():
     model, x, y, v = tiny_network()
-    H = hessian.Hessian(model, x, y)
-    before = H(v)
-    CHANGES[change](model)
-    assert torch.equal(H(v), hessian.hvp(model, x, y, v)) and not torch.allclose(H(v), before)
     model[4].weight.data.fill_(math.inf)
     with pytest.raises(ValueError, match='not finite'):
-        H(v)
+        hessian.hvp(model, x, y, v)
 
 
 @pytest.mark.parametrize('name', models.MODELS)

@@ -87,7 +87,7 @@ def save_eigenvectors(run, seed=0):
 def call(command, *words):
     """Runs the command on 40 images; its result."""
     words = [str(word) for word in (command, *words, '--device', 'cpu', '--n-examples', 40)]
-    return record.load(landscape.main(words)[0])
+    return record.load(landscape.main(words))
 
 
 def moved(run, delta=0):
@@ -118,15 +118,6 @@ def test_parameters_are_restored_bit_for_bit_also_after_an_exception():
         landscape.attacked(run, fast.folded(model, torch.rand(2, 1, 28, 28)), delta, 0)
     assert torch.equal(attacks[0], theta + delta)
     assert torch.equal(analysis.flat(model.parameters()), theta)
-
-
-def test_filter_normalised_directions_have_the_norms_of_the_filters():
-    model = models.build('tiny', DIGITS, 1)
-    theta = list(model.parameters())
-    for part, p in zip(analysis.unflat(landscape.filter_normalised(model, 0), theta), theta):
-        norms = [row.norm().item() for row in part.reshape(len(p) if p.dim() else 1, -1)]
-        filters = [row.norm().item() if p.dim() > 1 else 0 for row in p.reshape(len(norms), -1)]
-        assert norms == pytest.approx(filters, rel=1e-5)  # 0: biases and BatchNorm
 
 
 def test_similarity_is_that_of_attacks_by_hand(run):
@@ -167,16 +158,6 @@ def test_a_surface_is_the_loss_at_shifted_parameters(run):
         assert point['loss'] == pytest.approx(F.cross_entropy(model(x_adv), y).item(), rel=1e-3)
         error = (model(x_adv).argmax(1) != y).double().mean().item()
         assert point['robust_error'] == pytest.approx(error)
-
-
-def test_a_surface_of_batchnorm_along_filter_normalised_directions_is_a_file_of_its_own(tmp_path):
-    run = make_run(tmp_path / 'one', model='tiny')
-    point = call('surface', run, '--directions', 'filter', '--grid', 2)['points'][0]
-    v = [landscape.filter_normalised(moved(run), 0, i) for i in (5, 6)]
-    model = moved(run, -0.5 * (v[0] + v[1]))
-    y, x_adv = attacked(model)
-    assert point['loss'] == pytest.approx(F.cross_entropy(model(x_adv), y).item(), rel=1e-3)
-    assert (run / 'surface_directions_filter_n40.json').exists()
 
 
 def test_a_bezier_curve_is_de_casteljaus():

@@ -10,7 +10,6 @@ import attack
 import data
 import record
 import report
-import skip
 import train
 
 ERRORS = [1.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]  # percent: clean, the five attacks, worst
@@ -244,17 +243,6 @@ def test_a_report_without_runs_does_not_replace_one(tmp_path):
     with pytest.raises(ValueError, match='no run to report on'):
         reported(tmp_path / 'out')
     assert (tmp_path / 'out/table1.md').read_bytes() == before
-
-
-def test_a_report_is_made_again_when_a_run_or_an_evaluation_is_added(tmp_path):
-    make_run(tmp_path / 'ckpts/a')
-    files = report.main(['--out', 'out'])
-    before = skip.state(files)
-    assert before == skip.state(files)
-    record.save('ckpts/a/evaluate_n9.json', {})
-    changed = skip.state(files)
-    make_run(tmp_path / 'ckpts/b')
-    assert before != changed != skip.state(files)
 
 
 @pytest.mark.parametrize('kind, flags', REFUSED)

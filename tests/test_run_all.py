@@ -109,7 +109,6 @@ def test_parts_seeds_and_shards_choose_the_jobs_and_a_typo_in_the_flags_none():
     assert (
         listed('--quick', *'table1 rate width connect budget theory standard'.split())[0] == whole
     )
-    assert listed('--quick', 'appendix')[0] == listed('--quick', 'c24', 'c25', 'c23', 'fig8')[0]
     assert listed('fig1')[0] == [[['theory.py']]]
     assert {c['seed'] for c in settings('table1', SEEDS='7').values()} == {7}
     shards = [job for i in (1, 2, 3) for job in listed('--quick', '--shard', f'{i}/3')[0]]
@@ -142,6 +141,7 @@ def start(tmp_path):
     (folder / 'python3').write_text(STUB)
     (folder / 'python3').chmod(0o755)
     (folder / 'hold').touch()
+    (folder / 'code.py').touch()
     (log := folder / 'commands').touch()
     stub = {'PYTHON': str(folder / 'python3'), 'COMMANDS': str(log), 'JOBS': '1'}
     stub |= {'BAD': 'none', 'HOLD': 'none', 'SEEDS': '0'}
@@ -179,9 +179,23 @@ def test_killed_by_force_it_begins_no_further_job_and_resumes_when_run_again(sta
     assert start('--quick', 'table1').wait() == 0 and start.commands('linear')
 
 
+def test_a_job_is_run_again_only_if_its_command_its_files_or_the_code_have_changed(start):
+    def trained(*flags):
+        before = len(start.commands('train.py'))
+        assert start('--quick', 'table1', *flags).wait() == 0
+        return len(start.commands('train.py')) - before
+
+    assert trained() == 4 and trained() == 0 and trained('--', '--lr', '1') == 4
+    assert trained() == 4 and trained() == 0
+    next(start.folder.glob('ckpts/quick/table1/*cosine*/config.json')).unlink()
+    assert trained() == 1 and trained() == 0
+    (start.folder / 'code.py').write_text('pass')
+    assert trained() == 4
+
+
 def test_jobs_run_side_by_side_and_so_do_two_runners(start):
     processes = [start('--quick', 'table1', HOLD='cosine', JOBS='2') for _ in range(2)]
-    while len(start.commands('train.py', 'linear_periodic')) < 2:  # while a job of each is held
+    while not start.commands('train.py', 'linear_periodic'):  # while a job of each is held
         time.sleep(0.05)
     (start.folder / 'hold').unlink()
     assert [process.wait() for process in processes] == [0, 0]
@@ -213,7 +227,7 @@ def test_without_packages_two_workers_make_one_environment(start):
     assert start.commands('-m pip install') and not (start.folder / '.venv.lock').exists()
 
 
-REFUSED = 'fig7', '--shard', '--shard 0/2', '--shard 3/2', '-- --seed', '-- --out', '-- --wait'
+REFUSED = 'fig7', '--shard', '--shard 0/2', '--shard 3/2', '-- --seed', '-- --data-dir'
 WRONG = 'SEEDS=0,1', 'DATA_DIR=/nowhere', 'PYTHON=/nowhere/python3'
 
 

@@ -12,7 +12,6 @@ from torch.nn.utils import parameters_to_vector
 
 import attack
 import classifier
-import cli
 import data
 import fast
 import models
@@ -157,13 +156,6 @@ def test_lr_warm_up_trains_no_epoch_at_0_on_either_clock(tiny, tmp_path, clock, 
         t = (epoch + last) / 4  # of the last of an epoch's two batches
         lr = 1e-3 * (1 + math.cos(math.pi * t)) / 2 * min((epoch + 1) / 2, 1)
         assert (row['t'], row['eps'], row['lr']) == pytest.approx((t, min(0.8 * t, 0.4), lr))
-
-
-def test_the_time_left_is_estimated_only_once_it_attacks(tiny, monkeypatch):
-    shown = []
-    monkeypatch.setattr(cli.tqdm, 'update', lambda bar, n: shown.append(bar.bar_format is None))
-    train.main([*tiny, '--out', 'run'])
-    assert shown == [False] * 2 + [True] * 6  # the first epoch is clean
 
 
 # Interruption
