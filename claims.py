@@ -130,8 +130,8 @@ def measures(run):
     if run.dead:
         found['layers dead'] = sum(layer['all'] for layer in run.dead['layers'])
         found |= {f'dead {layer["layer"]}': layer['share'] for layer in run.dead['layers']}
-    if run.pgd or run.diverged:  # a diverged run errs always
-        found['pgd'] = run.pgd['error'] if run.pgd else 1.0
+    # a diverged run errs always
+    found['pgd'] = run.pgd['error'] if run.pgd else 1.0 if run.diverged else np.nan
     return found
 
 

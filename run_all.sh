@@ -158,7 +158,7 @@ main() {
         runner=$0 name=$1 line=$2 log=logs/$1.log stamp=logs/$1.done
         kill -0 "$runner" 2> /dev/null || exit 255  # without run_all.sh, xargs starts no further job
         run=${line#*--out } run=${run%% *}
-        state() { echo "$line $code" && ls "$run" evals 2> /dev/null || true; }
+        state() { echo "$line $code" && ls "$run" 2> /dev/null || ls evals 2> /dev/null || true; }
         [[ $(cat "$stamp" 2> /dev/null) != "$(state)" ]] || exit 0  # it ended well, nothing changed
         mkdir -p "${log%/*}" && echo "$name ..." >&2
         bash -c "$line" >> "$log" 2>&1 < /dev/null && state > "$stamp" ||

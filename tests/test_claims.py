@@ -263,6 +263,13 @@ def test_every_figure_is_drawn_in_spite_of_the_users_matplotlibrc(tmp_path, monk
     assert all(f'({name})' in index for name in names)
 
 
+@pytest.mark.parametrize('kind', report.STUDIES)
+def test_a_study_of_runs_that_are_only_trained_has_no_claims(tmp_path, kind):
+    report.main([f'--{kind}', make_run(tmp_path / 'run', errors=[1]), '--out', 'out'])
+    (rows,) = tables(pathlib.Path('out/claims.md'))
+    assert {row["at the paper's size"] for row in rows} == {'—'}
+
+
 def test_three_seeds_are_a_mean_in_a_band_and_two_are_two_curves():
     runs = [pd.Series([1.0, scale]) for scale in (1.0, 10.0, 100.0)]
     panel = 'x', 'y', 'log', lambda run: run
