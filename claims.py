@@ -111,8 +111,7 @@ def measures(run):
         first, tenth = rows[:n], max(1, n // 10)
         found['gradient, first tenth'] = decades(first['grad_norm'][:tenth].mean())
         found['gradient, last'] = decades(rows['grad_norm'][-n:].mean())
-        error = first['robust_error']
-        found['error falls'] = 100 * (error[:tenth].mean() - error[-tenth:].mean())
+        found['error at first'] = 100 * first['robust_error'].mean()
         found['distance'] = decades(first['distance'].iloc[-1])
     if run.log:
         found['loss left'] = decades(run.log[-1]['loss'] / run.log[0]['loss'])
@@ -161,7 +160,7 @@ def of_budget(study):
     trained = frame[frame['constant'] == 0]
     for claim, analysis, rows, name, sign in (
         ('first', 'trace', frame, 'gradient, first tenth', -1),
-        ('slower', 'trace', frame, 'error falls', -1),
+        ('slower', 'trace', frame, 'error at first', 1),
         ('nearer', 'trace', frame, 'distance', -1),
         ('last', 'trace', trained, 'gradient, last', 1),
         ('loss', 'trace', frame, 'loss left', 1),

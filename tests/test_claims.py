@@ -174,9 +174,9 @@ def test_what_changes_with_eps_is_measured_in_decades(tmp_path):
         connect(runs / f'{eps}0', runs / f'{eps}1', 0.5 + eps)
     rows = judged('--budget', runs)
     place = 'mnist lenet of width 16 to eps 0.2'
-    # (2 + 2.1) / 2, (1 + 1.05) / 2, 0.8 - (0.4 + 0.3) / 2; 30 (1 + 1.05) / 2, (30 + 40) / 2 - 10
+    # (2 + 2.1) / 2, (1 + 1.05) / 2, 0.8 - (0.4 + 0.3) / 2; 15 (1 + 1.05) / 2, (30 + 40) / 2 - 10
     expected = {'first': '2.05', 'last': '1.02', 'sharper': '1.02', 'similar': '0.45'}
-    expected |= {'slower': '30.8', 'nearer': '2.05', 'loss': '1.02', 'steeper': '25'}
+    expected |= {'slower': '15.4', 'nearer': '2.05', 'loss': '1.02', 'steeper': '25'}
     for claim, value in expected.items():
         assert f': {value} (' in rows[claim][2] and rows[claim][-1] == '2 seeds'
     assert rows['first'][1] == f'holds: {place}'
