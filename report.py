@@ -189,7 +189,7 @@ def cells(own, errors, paper=()):
 
 def tables(frame, settings, errors):
     """The tables of table1.md, {heading: frame}: Table 1 for each precision of training, and all
-    other runs, with what they have in common in the heading."""
+    other runs, with what they have in common, but for defaults, in the heading."""
     full, other, found = frame[frame['full']], frame[~frame['full']], {}
     groups = dict(list(full.groupby(['precision', *claims.ROW])))
     for precision in sorted({'fp32', *full['precision']}, reverse=True):
@@ -199,12 +199,17 @@ def tables(frame, settings, errors):
             for row, paper in claims.PAPER.iterrows()
         ]
         found[f"Table 1 at the paper's size, {precision}"] = pd.DataFrame(rows)
-    # an attack that was not run does not make a difference in its settings
-    same = [k for k in settings if other[k].nunique(dropna=k.endswith(' by')) < 2]
-    common = ', '.join(f'{name} {"".join(other[name].dropna().unique())}' for name in same)
-    groups = other.groupby(settings, sort=False, dropna=False)
-    rows = [dict(own.iloc[0][settings].drop(same)) | cells(own, errors) for _, own in groups]
-    found[f'Other runs. In common: {common}'] = pd.DataFrame(rows)
+    for (model, dataset), runs in other.groupby(['model', 'dataset'], sort=False):
+        # an attack that was not run does not make a difference in its settings
+        same = [k for k in settings if runs[k].nunique(dropna=k.endswith(' by')) < 2]
+        paper = train.config_of(['--dataset', dataset])
+        usual = {name: data.show(name, paper[name], dataset) for name in paper} | {'model': model}
+        shared = {name: ''.join(runs[name].dropna().unique()) for name in same}
+        common = [f'{name} {shared[name]}' for name in same if shared[name] != usual.get(name, '')]
+        groups = runs.groupby(settings, sort=False, dropna=False)
+        rows = [dict(own.iloc[0][settings].drop(same)) | cells(own, errors) for _, own in groups]
+        heading = f'Other runs of {model} on {dataset}: defaults, but for {", ".join(common)}'
+        found[heading] = pd.DataFrame(rows)
     return found | {'Ensembles': ensembles()}
 
 

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import math
+import re
 import statistics
 
 import pandas as pd
@@ -162,16 +163,20 @@ def test_settings_that_differ_are_columns_and_the_others_are_said_once(tmp_path,
     new = {'dataset': 'cifar100', 'model': 'mlp', 'eps_sched': 'sqrt', 'eps': 8 / 255, 'beta': 6.0}
     for seed, error in enumerate((40.0, 42.0)):
         make_run(tmp_path / f'new{seed}', f'--seed {seed}', errors=[error, 90], classes=1, **new)
-    old = make_run(tmp_path / 'old', '--n-train 100', settings={'fgsm': {'n_iter': 1}})
-    _, (row, last) = reported(tmp_path / 'out', tmp_path / 'new0', tmp_path / 'new1', old)
-    expected = new | {'eps': '8/255', 'beta': '6.0', 'n_train': '—'}
-    assert {name: row[name] for name in expected} == expected
+    old = [make_run(tmp_path / f'old{n}', f'--n-train {n} --lr 0.1') for n in (100, 200)]
+    make_run(tmp_path / 'old', '--n-train 100 --lr 0.1', settings={'fgsm': {'n_iter': 1}}, seed=1)
+    runs = tmp_path / 'new0', tmp_path / 'new1', *old, tmp_path / 'old'
+    _, (row,), rows = reported(tmp_path / 'out', *runs)
     assert row['clean'] == '41.00(141)' and row['note'] == '2 of 2 constant classifiers'
-    assert (last['FGSM'], row['FGSM'], last['beta'], last['eps']) == ('9.00', '—', '—', '0.4')
+    found = [(row['n_train'], row['FGSM']) for row in rows]
+    assert found == [('100', '—'), ('200', '—'), ('100', '9.00')]
     text = (tmp_path / 'out/table1.md').read_text()
-    assert text.count('batch_size') == text.count('batch_size 128, ') == 1
+    ours, theirs = re.findall('Other runs of (.*)', text)
+    assert ours.startswith('mlp on cifar100: defaults, but for eps_sched sqrt, ')
+    assert 'beta 6.0' in ours and theirs.startswith('lenet on mnist: defaults, but for lr 0.1, ')
+    assert 'n_train' not in theirs and 'batch_size' not in text
     rows = list(csv.DictReader((tmp_path / 'out/table1.csv').open()))
-    assert len(rows) == 3 and rows[1]['beta'] == '6.0' and float(rows[1]['clean']) == 42
+    assert len(rows) == 5 and rows[1]['beta'] == '6.0' and float(rows[1]['clean']) == 42
 
 
 @pytest.mark.parametrize('change', [{'n': 1000}, {'settings': FEW}])
