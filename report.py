@@ -110,7 +110,7 @@ def make_study(kind, runs):
             if (getattr(run, name) or {'n': n})['n'] < n:
                 setattr(run, name, None)
     study.frame = pd.DataFrame([run.config | claims.measures(run) for run in runs])
-    study.place = claims.place(first.config, paper)
+    study.place = claims.place(first.config, paper or kind == 'width')
     return study
 
 
@@ -203,7 +203,8 @@ def tables(frame, settings, errors):
         # an attack that was not run does not make a difference in its settings
         same = [k for k in settings if runs[k].nunique(dropna=k.endswith(' by')) < 2]
         paper = train.config_of(['--dataset', dataset])
-        usual = {name: data.show(name, paper[name], dataset) for name in paper} | {'model': model}
+        usual = {name: data.show(name, paper[name], dataset) for name in paper}
+        usual |= {'model': model, 'width': ''}  # another model has another default
         shared = {name: ''.join(runs[name].dropna().unique()) for name in same}
         common = [f'{name} {shared[name]}' for name in same if shared[name] != usual.get(name, '')]
         groups = runs.groupby(settings, sort=False, dropna=False)
