@@ -42,7 +42,7 @@ small() {  # cost: seconds of a core
         {table1,standard}:mnist_lenet:{constant,cosine,linear}{,_periodic}:0.3:3e-3:4
         {table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:3e-3:4
         budget:mnist5k_lenet:constant:{0,0.1,0.2,0.3}:1e-3:4  # 6,200
-        rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{3e-4,1e-3,3e-3,1e-2}:4  # 7,400
+        rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{1e-3,3e-3,1e-2}:4  # 2,900
         width:mnist5k_lenet:constant:{0,0.3}:1e-3:{1,2,4}  # 1,900
         connect:mnist5k_lenet:constant:{0,0.2}:1e-3:4)  # 1,200
 }
