@@ -151,7 +151,7 @@ main() {
         fail "train.py does not take$extra"
     [[ -z $list ]] || { printf '%.0s%s\n' "${jobs[@]}" && echo "$report" >&2 && exit; }
     [[ -n $cpu || ${jobs[*]} != *train.py* ]] || "$python" -c 'import torch; torch.cuda.init()' \
-        2> /dev/null || fail 'no GPU is here: use --quick (minutes), --small (hours) or --cpu'
+        2> /dev/null || fail 'no GPU is here: use --quick (minutes), --small (a day) or --cpu'
     mkdir -p "ckpts/$size" && echo "$((${#jobs[@]} / 2)) jobs, ${JOBS:=1} at once; output: logs/"
     code=$(cat -- *.py | cksum) && export code
     failed=$(printf '%s\0' "${jobs[@]}" | xargs -0 -n 2 -P "$JOBS" bash -c '
