@@ -38,8 +38,8 @@ def evaluate(model, x, y, e, args):
 
     x, (N, C, H, W), and y are images and labels, e.index their dataset indices, which seed each
     image's random numbers. e.robust[key] is an (N,) bool array, e.result['columns'][key] its
-    summary. In a cascade each attack gets only the images that all earlier ones left correct, and
-    its column is the cumulative error.
+    summary. With --standard each attack gets only the images that all earlier ones left correct,
+    and its column is the cumulative error.
     """
     columns, dataset, began = e.result['columns'], e.result['dataset'], time.monotonic()
     if 'clean' not in columns:
@@ -49,10 +49,10 @@ def evaluate(model, x, y, e, args):
         settings, began = dict(run_attack.keywords), time.monotonic()
         if key not in columns or not settings.items() <= columns[key]['settings'].items():
             e.robust.pop(key, None)
-            before = list(e.robust) if e.cascade else ['clean']
+            before = list(e.robust) if args.standard else ['clean']
             standing = np.logical_and.reduce([e.robust[name] for name in before])
             standing = torch.from_numpy(standing.nonzero()[0])
-            if e.cascade:
+            if args.standard:
                 settings |= {'after': '+'.join(before), 'attacked': len(standing)}
             options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
             options['batch_size'] = args.batch_size
@@ -178,14 +178,13 @@ def evaluate_group(paths, dataset, eps, members, args):
     table = attack.STANDARD if args.standard else {k: attack.ATTACKS[k] for k in args.attacks}
     attacks = attacks_of(table, configs[0] if alike else paper, eps)
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks)
-    e.cascade = args.standard
     stem = 'evaluate_standard' if args.standard else 'evaluate'
     e.json = analysis.output(e, stem, args, tf32='' if args.precision == 'tf32' else None)
     e.npz = e.json.with_suffix('.npz')
     print(
         f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
         f'{dataset}, eps {data.show_eps(eps, dataset)}, seed {args.seed}\n'
-        f'  {"":<12}{"so far %" if e.cascade else "error %":>8}   {"95 % interval":<15}{"s":>6}'
+        f'  {"":<12}{"so far %" if args.standard else "error %":>8}   {"95 % interval":<15}{"s":>6}'
     )
     with record.lock(folder), fast.tf32(False):
         e.result = analysis.resume(e.json, metadata, args.device)

@@ -114,7 +114,7 @@ def loss_normalizer(run, seed):
 
 
 def analyze(run, args):
-    """Adds what is missing to the run's result, part by part, and prints it. Returns its files."""
+    """Adds what is missing to the run's result, part by part, and prints it. Returns its path."""
     path = analysis.output(run, 'hessian', args, power='' if args.solver == 'power' else None)
     vectors_path = path.with_suffix('.pt')
     dim, like = sum(p.numel() for p in run.model.parameters()), run.x.new_zeros(())
@@ -161,7 +161,7 @@ def analyze(run, args):
         result['complete'] = True
         record.save(path, result)
     show(result)
-    return [path, vectors_path]
+    return path
 
 
 def has_pairs(result, args):

@@ -246,7 +246,7 @@ FLAGS = '--device cpu --n-examples 60 --k 3 --draws 2'.split()
 
 def compute(run, *flags):
     """The result of the command with these flags."""
-    return record.load(hessian.main([str(run), *FLAGS, *flags])[0])
+    return record.load(hessian.main([str(run), *FLAGS, *flags]))
 
 
 @pytest.fixture

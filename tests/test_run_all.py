@@ -227,7 +227,7 @@ def test_without_packages_two_workers_make_one_environment(start):
     assert start.commands('-m pip install') and not (start.folder / '.venv.lock').exists()
 
 
-REFUSED = 'fig7', '--shard', '--shard 0/2', '--shard 3/2', '-- --seed', '-- --data-dir'
+REFUSED = 'fig7', '--shard', '--shard 0/2', '--shard 3/2', '-- --seed', '-- --out', '-- --data-dir'
 WRONG = 'SEEDS=0,1', 'DATA_DIR=/nowhere', 'PYTHON=/nowhere/python3'
 
 
