@@ -10,7 +10,6 @@ import argparse
 import copy
 import itertools
 import pathlib
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -130,35 +129,47 @@ def of_paper(config, varied=frozenset()):
 
 
 def evaluated(runs):
-    """A frame with a row an evaluation: settings of run and attacks as they are typed, errors in
-    percent, and more; the names of the settings; and those of the errors."""
+    """A frame with a row an evaluation, what `row_of` says of it; the names of the settings; and
+    those of the errors."""
     rows, errors = {}, dict.fromkeys(claims.PAPER)
     settings = dict.fromkeys(['dataset', 'model', 'eps_sched', 'eps_max', 'periods', 'precision'])
-    for run, result in [(one, result) for one in runs for result in one.evaluations]:
-        config, columns = run.config, result['columns']
-        attacks = {k: columns[k]['settings'] for k in columns if k not in NO_ATTACKS}
-        own = {name: config[name] for name in config if name not in FREE}
-        own |= {'test images': result['n'], 'attack seed': result['seed']}
-        own |= {'attack precision': result['precision']} if 'precision' in result else {}
-        own |= {f'{attack.title(key)} by': attacks[key] for key in attacks}
-        own = {name: data.show(name, own[name], config['dataset']) for name in own}
-        names = ['clean', *attacks] + ['worst'] * (claims.ATTACKS.keys() <= attacks.keys())
-        names += ['standard'] * ('standard' in columns)
-        found = {attack.title(key): 100 * columns[key]['error'] for key in names}
-        full = of_paper(config) and result['n'] == result['n_test']
-        for key in claims.ATTACKS.keys() & attacks:
-            full = full and claims.ATTACKS[key].items() <= attacks[key].items()
-        periodic = 'no' if len(config['periods']) == 1 else 'yes'
-        minutes = sum(epoch['seconds'] for epoch in run.log) / 60
-        gib = max((epoch.get('gib', np.nan) for epoch in run.log), default=np.nan)
-        more = config['seed'], full, run.constant, claims.place(config, full), periodic
-        row = own | found | dict(zip(MORE, (*more, minutes, gib)))
-        rows.setdefault(str((own, config['seed'])), row)  # a copy counts once
-        settings, errors = settings | own, errors | found
+    for run in runs:
+        for result in run.evaluations:
+            typed, found, more = row_of(run, result)
+            rows.setdefault(str((typed, more['seed'])), more | typed | found)  # a copy counts once
+            settings, errors = settings | typed, errors | found
     frame = pd.DataFrame(rows.values(), columns=[*MORE, *settings, *errors])
     frame = frame.astype(dict.fromkeys(errors, float) | {'full': bool})
     last = [name for name in errors if name in ('worst case', 'AutoAttack')]
     return frame, list(settings), [*(name for name in errors if name not in last), *last]
+
+
+def row_of(run, result):
+    """An evaluation of a run: the settings of both as they are typed, the errors in percent, and
+    MORE."""
+    config, columns = run.config, result['columns']
+    attacks = {key: columns[key]['settings'] for key in columns if key not in NO_ATTACKS}
+    typed = {name: config[name] for name in config if name not in FREE}
+    typed |= {'test images': result['n'], 'attack seed': result['seed']}
+    typed |= {'attack precision': result['precision']} if 'precision' in result else {}
+    typed |= {f'{attack.title(key)} by': attacks[key] for key in attacks}
+    typed = {name: data.show(name, typed[name], config['dataset']) for name in typed}
+    complete = claims.ATTACKS.keys() <= attacks.keys()
+    names = ['clean', *attacks] + ['worst'] * complete + ['standard'] * ('standard' in columns)
+    errors = {attack.title(key): 100 * columns[key]['error'] for key in names}
+    full = of_paper(config) and result['n'] == result['n_test']
+    for key in claims.ATTACKS.keys() & attacks:
+        full = full and claims.ATTACKS[key].items() <= attacks[key].items()
+    more = {
+        'seed': config['seed'],
+        'full': full,
+        'constant': run.constant,
+        'place': claims.place(config, full),
+        'periodic': 'yes' if len(config['periods']) > 1 else 'no',
+        'minutes': sum(epoch['seconds'] for epoch in run.log) / 60,
+        'gib': max((epoch.get('gib', np.nan) for epoch in run.log), default=np.nan),
+    }
+    return typed, errors, more
 
 
 def notation(values):
@@ -275,32 +286,27 @@ def main(argv=None):
     add('--theory', default='evals/theory.json', type=pathlib.Path, help='what theory.py wrote')
     add('--out', default='results', type=pathlib.Path, help='folder to write to')
     args = parser.parse_args(argv)
-    defaults, runs, damaged = train.config_of([]), {}, []
+    defaults, runs = train.config_of([]), {}
 
     def load(paths):
         paths = {path.resolve(): path for path in record.find_runs(paths)}
-        for key, path in paths.items():
-            if key not in runs:
-                try:
-                    runs[key] = read(path, defaults)
-                except ValueError as error:
-                    runs[key] = None
-                    damaged.append(f'{path} is left out: {error}')
-        return [runs[path] for path in paths if runs[path]]
+        for key in paths:
+            runs[key] = runs.get(key) or read(paths[key], defaults)
+        return [runs[key] for key in paths]
 
     load(args.runs or pathlib.Path().glob('ckpts'))
     groups = [(kind, load(paths)) for kind in STUDIES for paths in getattr(args, kind)]
     studies = [make_study(kind, group) for kind, group in groups if group]
-    runs = list(filter(None, runs.values()))
     if not runs and (args.out / 'table1.md').exists():
-        why = '; '.join(damaged) or 'there is no run to report on'
-        raise ValueError(f'{why}; {args.out} stays as it is')
-    write(args, runs, studies)
-    idle = [run for run in runs if not run.evaluations and not any(vars(run)[n] for n in ANALYSES)]
+        raise ValueError(f'there is no run to report on; {args.out} stays as it is')
+    write(args, list(runs.values()), studies)
+    idle = [
+        str(run.path)
+        for run in runs.values()
+        if not run.evaluations and not any(getattr(run, name) for name in ANALYSES)
+    ]
     if idle:
-        print(f'trained, but not evaluated: {", ".join(str(run.path) for run in idle)}')
-    if damaged:
-        sys.exit('\n'.join(f'error: {line}' for line in damaged))
+        print(f'trained, but not evaluated: {", ".join(idle)}')
 
 
 if __name__ == '__main__':
