@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_report import ERRORS, FEW, analyse, connect, make_run, tables
+from test_report import ERRORS, FEW, analyse, connect, make_run, read_tables
 
 import claims
 import figures
@@ -21,7 +21,7 @@ def judged(*arguments):
     """The lines of claims.md: key of CLAIMS -> the cells full, small, ours, theirs, n."""
     with mock.patch.object(figures, 'draw', return_value={}):
         report.main([*map(str, arguments), '--out', 'out'])
-    (rows,) = tables(pathlib.Path('out/claims.md'))
+    (rows,) = read_tables(pathlib.Path('out/claims.md'))
     cells = {row['claim']: list(row.values())[1:] for row in rows}
     return {key: cells[sentence] for key, (sentence, _) in claims.CLAIMS.items()}
 
@@ -266,7 +266,7 @@ def test_every_figure_is_drawn_in_spite_of_the_users_matplotlibrc(tmp_path, monk
 @pytest.mark.parametrize('kind', report.STUDIES)
 def test_a_study_of_runs_that_are_only_trained_has_no_claims(tmp_path, kind):
     report.main([f'--{kind}', make_run(tmp_path / 'run', errors=[1]), '--out', 'out'])
-    (rows,) = tables(pathlib.Path('out/claims.md'))
+    (rows,) = read_tables(pathlib.Path('out/claims.md'))
     assert {row["at the paper's size"] for row in rows} == {'—'}
 
 

@@ -11,6 +11,7 @@ import attack
 import data
 import record
 import report
+import tables
 import train
 
 ERRORS = [1.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]  # percent: clean, the five attacks, worst
@@ -98,10 +99,10 @@ def connect(folder, other, barrier):
 def reported(out, *arguments):
     """report.main, and the tables of its table1.md: [[{heading: cell} of each row] of each]."""
     report.main([*map(str, arguments), '--out', str(out)])
-    return tables(out / 'table1.md')
+    return read_tables(out / 'table1.md')
 
 
-def tables(path):
+def read_tables(path):
     found, text = [], path.read_text().splitlines()
     for is_table, lines in itertools.groupby(text, lambda line: line[:1] == '|'):
         if is_table:
@@ -111,8 +112,8 @@ def tables(path):
 
 
 def test_the_notation_is_the_papers():
-    assert report.notation(pd.Series([7.69, 8.58, 9.47])) == '8.58(89)'
-    assert report.notation(pd.Series([1.56])) == '1.56'
+    assert tables.notation(pd.Series([7.69, 8.58, 9.47])) == '8.58(89)'
+    assert tables.notation(pd.Series([1.56])) == '1.56'
 
 
 def test_a_row_of_table_1_is_ours_the_papers_and_the_difference_in_deviations(tmp_path):
@@ -136,12 +137,12 @@ def test_a_row_of_table_1_is_ours_the_papers_and_the_difference_in_deviations(tm
 def test_the_papers_own_flags_are_rows_of_its_table(flags):
     args = train.parser().parse_args(['--dataset', 'mnist', *flags.split()])
     config = vars(train.settings(args))
-    assert report.of_paper(config)
-    assert report.of_paper({k: v for k, v in config.items() if k != 'start'})  # an older one
+    assert tables.of_paper(config)
+    assert tables.of_paper({k: v for k, v in config.items() if k != 'start'})  # an older one
     changes = {'lr': 0.5, 'width': 2, 'n_train': 100, 'start': 'eps', 'clock': 'batch', 'eps': 0.2}
     changes |= {'periods': [3], 'lr_warmup': 0.5, 'beta': 6.0, 'eps_sched': 'sqrt', 'dataset': 'x'}
     for name, value in changes.items():
-        assert not report.of_paper(config | {name: value})
+        assert not tables.of_paper(config | {name: value})
 
 
 @pytest.mark.parametrize('change', [{'n': 1000}, {'beta': 6.0}, {'settings': FEW}])

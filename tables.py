@@ -1,0 +1,171 @@
+"""The tables of evaluated runs: Table 1 beside the paper's numbers, other runs, ensembles."""
+
+import pathlib
+
+import numpy as np
+import pandas as pd
+
+import attack
+import claims
+import data
+import record
+import train
+
+FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # logging, and the luck of the draw
+NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
+MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes', 'gib'  # about an evaluated run
+
+
+def make(frame, settings, errors):
+    """The tables of table1.md, {heading: frame}."""
+    full, others, found = frame[frame['full']], frame[~frame['full']], {}
+    for precision in sorted({'fp32', *full['precision']}, reverse=True):
+        runs = full[full['precision'] == precision]
+        found[f"Table 1 at the paper's size, {precision}"] = table_1(runs, errors)
+    for _, runs in others.groupby(['model', 'dataset'], sort=False):
+        heading, table = other_runs(runs, settings, errors)
+        found[heading] = table
+    return found | {'Ensembles': ensembles()}
+
+
+def table_1(runs, errors):
+    """The paper's Table 1, with those of its rows that are among `runs`."""
+    groups, rows = dict(list(runs.groupby(claims.ROW))), []
+    for place, paper in claims.PAPER.iterrows():
+        own = cells(groups.get(place, runs[:0]), errors, paper)
+        rows.append(dict(zip(claims.ROW, place)) | own)
+    return pd.DataFrame(rows)
+
+
+def other_runs(runs, settings, errors):
+    """A heading, which says what `runs` of one model and dataset have in common, but for defaults,
+    and a row for each of the settings in which they differ."""
+    model, dataset = runs.iloc[0][['model', 'dataset']]
+    # an attack that was not run does not make a difference in its settings
+    same = [k for k in settings if runs[k].nunique(dropna=k.endswith(' by')) < 2]
+    defaults = train.config_of(['--dataset', dataset])
+    defaults = {name: data.show(name, defaults[name], dataset) for name in defaults}
+    defaults |= {'model': model, 'width': ''}  # another model has another default
+    common = []
+    for name in same:
+        value = ''.join(runs[name].dropna().unique())
+        if value != defaults.get(name, '') and not name.endswith(' by'):  # attack.py says these
+            common.append(f'{name} {value}')
+    groups = runs.groupby(settings, sort=False, dropna=False)
+    rows = [dict(own.iloc[0][settings].drop(same)) | cells(own, errors) for _, own in groups]
+    heading = f'Other runs of {model} on {dataset}: defaults, but for {", ".join(common)}'
+    return heading, pd.DataFrame(rows)
+
+
+def evaluated(runs):
+    """A frame with a row an evaluation, what `row_of` says of it; the names of the settings; and
+    those of the errors."""
+    rows, errors = {}, dict.fromkeys(claims.PAPER)
+    settings = dict.fromkeys(['dataset', 'model', 'eps_sched', 'eps_max', 'periods', 'precision'])
+    for run in runs:
+        for result in run.evaluations:
+            typed, found, more = row_of(run, result)
+            rows.setdefault(str((typed, more['seed'])), more | typed | found)  # a copy counts once
+            settings, errors = settings | typed, errors | found
+    frame = pd.DataFrame(rows.values(), columns=[*MORE, *settings, *errors])
+    frame = frame.astype(dict.fromkeys(errors, float) | {'full': bool})
+    last = [name for name in errors if name in ('worst case', 'AutoAttack')]
+    return frame, list(settings), [*(name for name in errors if name not in last), *last]
+
+
+def row_of(run, result):
+    """An evaluation of a run: the settings of both as they are typed, the errors in percent, and
+    MORE."""
+    config, columns = run.config, result['columns']
+    attacks = {key: columns[key]['settings'] for key in columns if key not in NO_ATTACKS}
+    typed = {name: config[name] for name in config if name not in FREE}
+    typed |= {'test images': result['n'], 'attack seed': result['seed']}
+    typed |= {'attack precision': result['precision']} if 'precision' in result else {}
+    training = data.pgd_settings(config, config['eps'])
+    typed |= {f'{attack.title(k)} by': attacks[k] for k in attacks if attacks[k] != training}
+    typed = {name: data.show(name, typed[name], config['dataset']) for name in typed}
+    complete = claims.ATTACKS.keys() <= attacks.keys()
+    names = ['clean', *attacks] + ['worst'] * complete + ['standard'] * ('standard' in columns)
+    errors = {attack.title(key): 100 * columns[key]['error'] for key in names}
+    full = of_paper(config) and result['n'] == result['n_test']
+    for key in claims.ATTACKS.keys() & attacks:
+        full = full and claims.ATTACKS[key].items() <= attacks[key].items()
+    more = {
+        'seed': config['seed'],
+        'full': full,
+        'constant': run.constant,
+        'place': claims.place(config, full),
+        'periodic': 'yes' if len(config['periods']) > 1 else 'no',
+        'minutes': sum(epoch['seconds'] for epoch in run.log) / 60,
+        'gib': max((epoch.get('gib', np.nan) for epoch in run.log), default=np.nan),
+    }
+    return typed, errors, more
+
+
+def of_paper(config, varied=frozenset()):
+    """Whether a config is, whole, that of a row of Table 1, but for precision and `varied`."""
+    periodic = 'yes' if len(config['periods']) > 1 else 'no'
+    row = config['dataset'], config['model'], periodic, config['eps_sched']
+    if row not in claims.PAPER.index:
+        return False
+    flags = ['--dataset', row[0], '--model', row[1], '--eps-sched', row[3]]
+    flags += ['--periodic'] * (periodic == 'yes')
+    flags += ['--eps', repr(config['eps'])] * ('eps' in varied)  # which brings its steps along
+    paper = train.config_of(flags)
+    free = FREE | {'precision'} | varied & {'lr', 'lr_warmup', 'width'}
+    config = paper | config  # what an older one lacks counts as its default
+    return all(config[name] == paper.get(name, ...) for name in config.keys() - free)
+
+
+def notation(values):
+    """Percent as the paper prints them: 8.58(89) is 8.58 +- 0.89 over the runs."""
+    mean, deviation = values.mean(), values.std()
+    spread = '' if np.isnan(deviation) else f'({round(100 * deviation)})'
+    return '—' if np.isnan(mean) else f'{mean:.2f}{spread}'
+
+
+def beside(values, theirs):
+    """A cell of Table 1: ours / the paper's / the difference in standard deviations, of both
+    together, or the paper's alone for a single run."""
+    if not values.count():
+        return f'— / {theirs}'
+    paper, spread = theirs.rstrip(')').split('(')
+    deviation = np.hypot(np.nan_to_num(values.std()), int(spread) / 100)
+    return f'{notation(values)} / {theirs} / {(values.mean() - float(paper)) / deviation:+.1f}'
+
+
+def cells(own, errors, paper=()):
+    """A row of a table that shows the evaluations `own`."""
+    row = {n: beside(own[n], paper[n]) if n in paper else notation(own[n]) for n in errors}
+    n, constant = len(own), int(own['constant'].sum())
+    cost = {'minutes': own['minutes'].mean(), 'GiB': own['gib'].max()}
+    row |= {'runs': n} | {k: '—' if np.isnan(cost[k]) else f'{cost[k]:.1f}' for k in cost}
+    return row | {'note': f'{constant} of {n} constant classifiers' * bool(constant)}
+
+
+def ensembles():
+    """The evaluated ensembles as a frame."""
+    rows = []
+    for result in map(record.load, sorted(pathlib.Path('evals').glob('ensemble*/evaluate*.json'))):
+        eps = data.show_eps(result['eps'], result['dataset'])
+        row = {'members': ' + '.join(result['members']), 'dataset': result['dataset'], 'eps': eps}
+        columns = sorted(columns_of(result).items(), key=lambda item: item[0] == 'worst')
+        errors = {attack.title(key): f'{100 * column["error"]:.2f}' for key, column in columns}
+        rows.append(row | {'test images': result['n']} | errors)
+    return pd.DataFrame(rows)
+
+
+def columns_of(result):
+    """The columns of an evaluation; those of a standard one are, if complete, one beside clean."""
+    columns = result['columns']
+    if result.get('standard'):
+        done = attack.STANDARD.keys() <= columns.keys()
+        return {'clean': columns['clean']} | ({'standard': columns['worst']} if done else {})
+    return columns
+
+
+def markdown(heading, frame):
+    """A frame as a table of Markdown."""
+    rows = [frame.columns, ['---'] * len(frame.columns), *frame.fillna('—').values]
+    lines = [f'| {" | ".join(map(str, row))} |\n' for row in rows]
+    return f'{heading}\n\n{"".join(lines)}\n' * (len(frame) > 0)
