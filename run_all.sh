@@ -39,7 +39,7 @@ small() {  # cost: seconds of a core
     curve='--n-examples 500 --epochs 40 --lr 0.02 --points 11'
     rows=({table1,standard}:cifar10_resnet18:{linear,constant,cosine}{,_periodic}:8/255:0.05:4
         {table1,standard}:cifar10_lenet:{linear,constant,cosine}{,_periodic}:8/255:0.02:8
-        {table1,standard}:mnist_lenet:{constant,cosine,linear}{,_periodic}:0.3:3e-3:4
+        {table1,standard}:mnist_lenet:{constant,cosine,linear}{,_periodic}:0.2:3e-3:4
         {table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:3e-3:4
         budget:mnist5k_lenet:constant:{0,0.1,0.2,0.3}:1e-3:4  # 6,200
         rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{1e-3,3e-3,1e-2}:4  # 2,900
