@@ -30,13 +30,15 @@ ZEROS = torch.zeros(100, dtype=torch.long)  # labels
 each = pytest.mark.parametrize('run', ALL.values(), ids=ALL)
 
 
-def lenet():
-    torch.manual_seed(0)
-    return models.build('lenet', data.DATASETS['mnist'], 1).double()
-
-
 def images(n, shape=(1, 28, 28)):
     return torch.rand(n, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.double)
+
+
+def lenet(n):
+    """A LeNet, n images and the classes that it sees in them."""
+    torch.manual_seed(0)
+    model, x = models.build('lenet', data.DATASETS['mnist'], 1).double(), images(n)
+    return model, x, model(x).argmax(1)
 
 
 class Model(nn.Module):  # notes how many images pass at a time
@@ -91,9 +93,8 @@ def test_the_pixel_range_bounds_the_closed_form_too():
 
 @each
 def test_the_result_stays_in_the_ball_and_in_the_pixel_range(run):
-    x = images(30)
-    with torch.no_grad():  # as in evaluations
-        x_adv = run(lenet(), x, torch.arange(30) % 10, 0.1)
+    model, x, _ = lenet(30)
+    x_adv = run(model, x, torch.arange(30) % 10, 0.1)
     assert x_adv.shape == x.shape and x_adv.dtype == x.dtype
     assert (x_adv - x).abs().max() <= 0.1 + 1e-12 and x_adv.min() >= 0 and x_adv.max() <= 1
 
@@ -122,8 +123,7 @@ def test_no_more_images_than_batch_size_pass_at_a_time(run):
 
 @each
 def test_the_seed_decides(run):
-    model, x = lenet(), images(5)
-    y = model(x).argmax(1)
+    model, x, y = lenet(5)
     one, same, other = (run(model, x, y, 0.01, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one, same) and torch.equal(one, other) == (run is ALL['fab_t'])
 
@@ -131,8 +131,7 @@ def test_the_seed_decides(run):
 @each
 @pytest.mark.parametrize('n', [0, 1, 7])
 def test_any_number_of_images_is_attacked_all_wrong_or_none(run, n):
-    model, x = lenet(), images(n)
-    y = model(x).argmax(1)
+    model, x, y = lenet(n)
     assert run(model, x, y, 0.01, batch_size=3).shape == x.shape
     x_adv = run(model, x, (y + 1) % 10, 0.01, batch_size=3)
     assert not classifier.correct(model, x_adv, (y + 1) % 10).any()
@@ -169,51 +168,27 @@ def test_logits_that_are_nan_in_any_pass_are_refused(run, nan_pass):
         run(model, images(4), ZEROS[:4], 0.1)
 
 
-@each
-def test_bad_input_is_refused_with_its_value(run):
-    for change, message in (
-        ({'x': images(4) + 0.5}, '1.4'),
-        ({'x': images(4) * math.nan}, 'nan'),
-        ({'eps': -0.25}, '-0.25'),
-        ({'batch_size': 0}, 'batch_size .* 0'),
-        ({'y': ZEROS[:3]}, '4 images, 3 labels'),
-        ({'index': torch.arange(5)}, '5 of index'),
-    ):
-        with pytest.raises(ValueError, match=message):
-            run(lenet(), **({'x': images(4), 'y': ZEROS[:4], 'eps': 0.1} | change))
-
-
 def test_bad_settings_are_refused_with_their_value():
     bad = ('pgd', 'step_size', 0.0), ('apgd_ce', 'n_restarts', -1), ('apgd_ce', 'loss', 'cw')
     for name, setting, value in *bad, ('square', 'p_init', 1.5), ('square', 'n_queries', 0):
         with pytest.raises(ValueError, match=f'{setting} .*{value}'):
-            ALL[name](lenet(), images(2), ZEROS[:2], 0.1, **{setting: value})
+            ALL[name](*lenet(2), 0.1, **{setting: value})
 
 
-def test_pgd_starts_uniformly_within_its_step_or_within_what_is_asked_for():
-    flat = Model(lambda x: 0 * x.flatten(1)[:, :10])  # so that it stays where it starts
-    for start, width in (None, 0.01), (0.1, 0.1):
-        x = 0.5 + 0 * images(50)
-        noise = attack.pgd(flat, x, ZEROS[:50], 0.1, 0.01, 3, start=start) - x
-        assert noise.abs().max() <= width
-        assert noise.std() == pytest.approx(width / math.sqrt(3), rel=0.02)  # of a uniform law
-
-
-def test_pgd_is_signed_ascent_step_by_step():
-    model, x, y = lenet(), images(3), torch.tensor([1, 2, 3])
-    z = x.clone()
+@pytest.mark.parametrize('start, width', [(None, 0.03), (0.08, 0.08)])
+def test_pgd_is_signed_ascent_from_within_its_step_or_what_is_asked_for(start, width):
+    model, x, y = lenet(3)
+    noise = 2 * rng.uniform('pgd', 5, torch.arange(3), (1, 28, 28), x) - 1
+    z = (x + width * noise).clamp(0, 1)
     for _ in range(4):
         z.requires_grad_()
         F.cross_entropy(model(z), y).backward()
         z = (x + (z + 0.03 * z.grad.sign() - x).clamp(-0.08, 0.08)).clamp(0, 1).detach()
-    assert torch.allclose(attack.pgd(model, x, y, 0.08, 0.03, 4, start=0.0), z)
+    assert torch.allclose(attack.pgd(model, x, y, 0.08, 0.03, 4, start=start, seed=5), z)
 
 
-def test_apgd_checkpoints_are_the_published_ones_and_distinct_in_runs_of_any_length():
+def test_apgd_checkpoints_are_the_published_ones():
     assert attack.apgd_checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
-    for n_iter in 1, 5, 10, 1000:
-        checkpoints = attack.apgd_checkpoints(n_iter)
-        assert checkpoints == sorted(set(checkpoints) & set(range(1, n_iter + 1)))
 
 
 def apgd_of_one_image(f, x, start, eps, n_iter, rho):
@@ -263,8 +238,8 @@ def test_apgd_follows_algorithm_1_of_its_paper(loss, rho):
             value = (others - logits[y[i]]) / (first - third + 1e-12)
         return value.item(), torch.autograd.grad(value, z)[0][0].numpy()
 
-    model, x, eps, halvings = lenet(), images(6), 0.2, 0
-    y = model(x).argmax(1)
+    model, x, y = lenet(6)
+    eps, halvings = 0.2, 0
     noise = 2 * rng.uniform(f'apgd {loss}', 5, torch.arange(6), (1, 28, 28), x) - 1
     settings = {'loss': loss, 'rho': rho, 'best_loss': True, 'seed': 5, 'batch_size': 4}
     ours = attack.apgd(model, x, y, eps, 100, **settings)
@@ -279,7 +254,7 @@ def test_apgd_follows_algorithm_1_of_its_paper(loss, rho):
 def test_a_step_of_apgd_that_brings_no_rise_is_halved_at_every_second_checkpoint():
     flat, etas = Model(lambda x: 0 * x.flatten(1)[:, :10]), []
     s = attack.apgd_start(images(1), ZEROS[:1], ZEROS[:1], images(1), 0.1)
-    checkpoints = torch.tensor([22, 41, 57, 70, 80, 87, 93, 99])
+    checkpoints = torch.tensor(attack.apgd_checkpoints(100))
     for _ in range(100):
         attack.apgd_step(s, flat, classifier.cross_entropy, checkpoints, 0.0, True)
         etas.append(s.eta.item())
@@ -287,8 +262,7 @@ def test_a_step_of_apgd_that_brings_no_rise_is_halved_at_every_second_checkpoint
 
 
 def test_apgd_keeps_the_best_loss_of_all_restarts():
-    model, x = lenet(), images(8)
-    y = model(x).argmax(1)
+    model, x, y = lenet(8)
     one, four = (attack.apgd(model, x, y, 0.1, 10, n, best_loss=True) for n in (1, 4))
     losses = [classifier.cross_entropy(model(x_adv), y) for x_adv in (one, four)]
     assert (losses[1] >= losses[0]).all() and (losses[1] > losses[0]).any()
@@ -352,16 +326,9 @@ def test_square_carries_on_where_a_tie_still_counts_as_correct():
     assert not classifier.correct(model, attack.square(model, x, y, 0.1, 300), y).any()
 
 
-def test_the_columns_of_table_1_have_the_settings_of_the_paper():
-    apgd100 = {'n_iter': 100, 'n_restarts': 5}
-    settings = {attack.title(k): getattr(run, 'keywords', {}) for k, run in attack.ATTACKS.items()}
-    assert settings == {
-        'PGD': {},
-        'PGD100': {'n_iter': 100},
-        'APGD100-CE': apgd100 | {'loss': 'ce'},
-        'APGD100-DLR': apgd100 | {'loss': 'dlr'},
-        'Square5K': {'n_queries': 5000, 'p_init': 0.8},
-    }
+def test_attacks_are_titled_as_the_columns_of_table_1():
+    titles = 'PGD PGD100 APGD100-CE APGD100-DLR Square5K'
+    assert [attack.title(key) for key in attack.ATTACKS] == titles.split()
 
 
 def test_batches_are_kept_full_and_the_search_for_an_image_does_not_depend_on_others():
@@ -391,14 +358,13 @@ def test_losses_by_hand():
     assert classifier.margin(z, y).tolist() == [1.0, -2.0]
     # (y 0) -(3 - 2) / (3 - 1) and (y 2) -(2 - 4) / (4 - 1)
     assert classifier.dlr(z, y).tolist() == pytest.approx([-1 / 2, 2 / 3])
-    assert torch.allclose(classifier.dlr(5 * z + 7, y), classifier.dlr(z, y))
     with pytest.raises(ValueError, match='got 2'):
         classifier.dlr(torch.zeros(1, 2), ZEROS[:1])
 
 
 def test_predictions_and_mean_loss_do_not_depend_on_batches():
-    model, x = lenet(), images(11)
-    y = (model(x).argmax(1) + (torch.arange(11) >= 4)) % 10
+    model, x, y = lenet(11)
+    y[4:] = (y[4:] + 1) % 10
     assert classifier.correct(model, x, y, batch_size=3).tolist() == [True] * 4 + [False] * 7
     loss = F.cross_entropy(model(x), y).item()
     assert classifier.mean_loss(model, x, y, batch_size=3) == pytest.approx((loss, 7 / 11))
@@ -408,20 +374,20 @@ def test_predictions_and_mean_loss_do_not_depend_on_batches():
 
 REFUSED = [
     ({'x': images(4) + 1e-7 + (1 - images(4).max())}, r'\[0, 1\], got .* 1.0000001; normalise'),
+    ({'x': images(4) * math.nan}, 'got nan to nan'),
     ({'x': images(4)[:, 0]}, r'images must be floats, \(N, C, H, W\), got torch.float64 \(4, 28'),
     ({'x': (255 * images(4)).byte()}, 'images must be floats.* got torch.uint8'),
     ({'eps': 8}, r'eps must lie in \[0, 1\], got 8: did you mean 8/255'),
+    ({'eps': -0.25}, 'got -0.25'),
     ({'eps': math.nan}, 'got nan'),
-    (
-        {'y': F.one_hot(ZEROS[:4], 10)},
-        r'labels must be integers, \(N,\), got torch.int64 \(4, 10\)',
-    ),
-    ({'y': ZEROS[:4, None]}, r'labels must be integers, .* \(4, 1\)'),
+    ({'batch_size': 0}, 'batch_size must be at least 1, got 0'),
+    ({'index': torch.arange(5)}, '4 images, 4 labels, 5 of index'),
+    ({'y': ZEROS[:3]}, '4 images, 3 labels'),
+    ({'y': ZEROS[:4, None]}, r'labels must be integers, \(N,\), got torch.int64 \(4, 1\)'),
     ({'y': ZEROS[:4].float()}, 'labels must be integers, .* torch.float32'),
     ({'y': ZEROS[:4] + 10}, '0 .. 9, the classes of the model, got 10 .. 10'),
     ({'y': ZEROS[:4] - 1}, 'got -1 .. -1'),
     ({'model': lambda x: (steady(x), 0)}, 'return the logits alone, not a tuple'),
-    ({'model': lambda x: {'logits': steady(x)}}, 'return the logits alone, not a dict'),
     ({'model': lambda x: steady(x)[:, 0]}, r'\(N, K\), K at least 2, got \(1,\)'),
     ({'model': lambda x: steady(x)[:, :1]}, r'K at least 2, got \(1, 1\)'),
 ]
@@ -435,51 +401,39 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(run, change, message):
         run(**({'model': steady, 'x': images(4), 'y': ZEROS[:4], 'eps': 0.1} | change))
 
 
-class Nan(torch.autograd.Function):
-    """The identity with a gradient that is nan at its first entry."""
+def with_gradient(change):
+    """A model whose gradient is what `change` makes of it."""
 
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
+    def model(x):
+        x = x.clone()
+        if x.requires_grad:
+            x.register_hook(change)
+        return steady(x)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone()
-        gradient.view(-1)[0] = math.nan
-        return gradient
+    return model
 
 
 @pytest.mark.parametrize('name', [name for name in ALL if name != 'square'])
-def test_gradients_that_are_nan_are_refused(name):
+def test_a_gradient_that_is_nan_at_one_pixel_is_refused(name):
+    pixel = torch.zeros(1, 1, 28, 28).double()
+    pixel[0, 0, 14, 14] = math.nan
+    model = with_gradient(lambda gradient: gradient + pixel)
     with pytest.raises(classifier.NotFiniteError, match='gradients of its loss, are nan'):
-        ALL[name](lambda x: steady(Nan.apply(x)), images(4), ZEROS[:4], 0.1)
-
-
-class Own(torch.autograd.Function):
-    """The identity whose gradient is a buffer of the model's, or expanded from one number."""
-
-    @staticmethod
-    def forward(ctx, x, buffer):
-        ctx.buffer = buffer
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.buffer.expand(gradient.shape), None
+        ALL[name](model, images(4), ZEROS[:4], 0.1)
 
 
 @each
 @pytest.mark.parametrize('shape', [(4, 1, 28, 28), (1, 1, 1, 1)])
 def test_a_gradient_that_is_the_models_own_is_not_changed(run, shape):
-    buffer = torch.full(shape, 0.25).double()
-    run(lambda x: steady(Own.apply(x, buffer)), images(4), ZEROS[:4], 0.1)
-    assert (buffer == 0.25).all()
+    own = torch.full(shape, 0.25).double()
+    run(with_gradient(lambda gradient: own.expand(gradient.shape)), images(4), ZEROS[:4], 0.1)
+    assert (own == 0.25).all()
 
 
 @each
 def test_types_of_labels_seeds_and_index_change_nothing(run):
-    model, x = lenet(), images(5)
-    y, index = model(x).argmax(1), torch.arange(40, 45)
+    model, x, y = lenet(5)
+    index = torch.arange(40, 45)
     expected = run(model, x, y, 0.02, seed=3, index=index)
     for dtype in torch.uint8, torch.int32, torch.int16:
         found = run(model, x, y.to(dtype), 0.02, seed=np.int32(3), index=index.to(dtype))
@@ -489,8 +443,7 @@ def test_types_of_labels_seeds_and_index_change_nothing(run):
 @each
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_any_grad_mode_and_a_plain_function_give_the_same(run, mode):
-    model, x = lenet().eval(), images(5)
-    y = model(x).argmax(1)
+    model, x, y = lenet(5)
     expected = run(model, x, y, 0.02)
     before = torch.random.get_rng_state()
     with mode():
@@ -557,7 +510,6 @@ def test_a_model_that_changes_its_input_is_refused_and_the_images_stay(run):
 
 @each
 def test_a_traced_or_scripted_model_falls_like_itself(run):
-    model, x = lenet().eval(), images(4)
-    y = model(x).argmax(1)
+    model, x, y = lenet(4)
     for other in torch.jit.trace(model, x), torch.jit.script(model):
         assert torch.allclose(run(other, x, y, 0.02), run(model, x, y, 0.02), atol=1e-9)
