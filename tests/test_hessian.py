@@ -98,26 +98,15 @@ def test_a_product_that_is_not_finite_is_refused():
         hessian.hvp(model, x, y, v)
 
 
-@pytest.mark.parametrize('name', models.MODELS)
-def test_products_are_symmetric(name):
-    model = models.build(name, data.DATASETS['cifar10'], 1).double()
-    x, y = torch.rand(3, 3, 32, 32).double(), torch.tensor([0, 5, 9])
-    u, v = torch.randn(2, sum(p.numel() for p in model.parameters())).double()
-    Hu, Hv = (hessian.hvp(model, x, y, w, 2) for w in (u, v))
-    assert torch.isclose(u @ Hv, v @ Hu, rtol=1e-9)
-
-
 def test_a_product_leaves_the_model_as_it_was():
     model, x, y, v = tiny_network()
     model.train()[0].weight.requires_grad_(False)
-    model[4].bias.grad = torch.ones(4).double()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     hessian.hvp(model, x, y, v)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.training and model[1].training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
-    *others, last = (p.grad for p in model.parameters())
-    assert others == [None] * 5 and torch.equal(last, torch.ones(4).double())
+    assert all(p.grad is None for p in model.parameters())
 
 
 SPECTRA = {
@@ -249,14 +238,6 @@ def compute(run, *flags):
     return record.load(hessian.main([str(run), *FLAGS, *flags]))
 
 
-@pytest.fixture
-def products(monkeypatch):
-    """A list that grows by an item with each Hessian-vector product."""
-    product, calls = hessian.Hessian.__call__, []
-    monkeypatch.setattr(hessian.Hessian, '__call__', lambda *a: calls.append(1) or product(*a))
-    return calls
-
-
 def test_bad_input_is_refused(run, tmp_path):
     (run / 'hessian_n20.json').write_text('{"n":')
     for path, flags, message in (
@@ -285,15 +266,16 @@ def test_the_command_writes_what_it_found(run):
     assert len(set(result['random_losses'])) == 2
 
 
-def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, products, capsys):
+def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, monkeypatch, capsys):
     first = compute(run, '--max-products', '4')['eigen']
     assert first['products'] == 4 and not all(first['converged'])
     assert 'raise --max-products' in capsys.readouterr().out
     before = compute(run, '--trace', '2', '--density', '1')
     assert all(before['eigen']['converged'])
-    products.clear()
+    product, calls = hessian.Hessian.__call__, []
+    monkeypatch.setattr(hessian.Hessian, '__call__', lambda *a: calls.append(1) or product(*a))
     after = compute(run, '--trace', '5', '--k', '2', '--draws', '1')
-    assert len(products) == 3
+    assert len(calls) == 3
     assert all(after[part] == before[part] for part in ('eigen', 'random_losses', 'densities'))
     assert after['traces'][:2] == before['traces']
 
