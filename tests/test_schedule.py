@@ -50,11 +50,6 @@ def test_learning_rates_by_hand():
         assert [schedule.lr_at(t, kind, 0.2) for t in ts] == pytest.approx(expected)
 
 
-def test_the_first_update_of_a_warm_up_is_not_lost():
-    for ahead in 1, 1 / 400:  # on the clock of epochs and of batches
-        assert 0 < schedule.warmup_at(schedule.progress(0, [100, 50], ahead), 0.2) <= 0.05
-
-
 def test_a_warm_up_rises_linearly_to_1_and_is_1_without_a_share():
     assert [schedule.warmup_at(t, 0.4) for t in (0.1, 0.2, 0.4, 0.9)] == [0.25, 0.5, 1, 1]
     assert schedule.warmup_at(0.0, 0.0) == 1
