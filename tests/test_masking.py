@@ -7,30 +7,31 @@ import torch
 import attack
 import data
 import masking
+import models
 import record
 from classifier import correct
 
 
 @pytest.fixture(scope='module')
 def trained(runs):
-    """A LeNet, 100 test images and labels, and the verdicts of two attacks."""
+    """A LeNet, 100 test images and labels, and the verdicts of attacks."""
     model, _ = record.load_model(runs / 'triple/period3.pt')
     _, _, x, y = data.load('mnist5k')
     x, y = x[::10], y[::10]
-    attacks = {'pgd': (0.02, 5), 'pgd100': (0.01, 20)}
-    robust = {}
-    for key, steps in attacks.items():
-        robust[key] = correct(model, attack.pgd(model, x, y, 0.1, *steps), y).numpy()
-    robust |= {'clean': correct(model, x, y).numpy()}
-    robust['square5k'] = correct(model, attack.square(model, x, y, 0.1, 300), y).numpy()
+    perturbed = {
+        'clean': x,
+        'pgd': attack.pgd(model, x, y, 0.1, 0.02, 5),
+        'pgd100': attack.pgd(model, x, y, 0.1, 0.01, 20),
+        'square5k': attack.square(model, x, y, 0.1, 300),
+    }
+    robust = {key: correct(model, x_adv, y).numpy() for key, x_adv in perturbed.items()}
     return model, x, y, robust
 
 
 def test_a_trained_network_shows_no_sign(trained):
-    assert masking.signs(*trained, batch_size=30) == {}
     model, x, y, robust = trained
-    ensemble = lambda x: model(x).log_softmax(1)  # noqa: E731
-    assert masking.signs(ensemble, x, y, robust) == {}
+    assert masking.signs(model, x, y, robust, batch_size=30) == {}
+    assert masking.signs(models.Ensemble([model]), x, y, robust) == {}
 
 
 def rounded(model, x):  # its gradient is zero
