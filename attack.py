@@ -1,18 +1,16 @@
-"""Everything that perturbs an input: PGD and APGD here, Square and FAB beside it; l_inf.
+"""The l_inf attacks: PGD and APGD, and the tables of attacks with Square and FAB.
 
 An attack is a pure function (model, x, y, eps, ...) -> x_adv of images x in [0, 1], (N, C, H, W) of
 any float type, and labels y, (N,) of any integer type. It searches the box
 {x_adv : |x_adv - x| <= eps, 0 <= x_adv <= 1}; eps and step sizes are in the unit of x. The model, a
 module or a function, returns logits, (N, K). It runs in eval mode with frozen parameters and is
-left as it was found, whatever happens. Any N will do: `batch_size` images pass through the model at
-a time.
+afterwards as it was, even after an error. At most `batch_size` images pass through it at a time.
 
-The random numbers of an image depend on the attack, on `seed` and on its entry in `index` (its
-position in x unless given) and on nothing else: not on the batch size, the order, the device or the
-fate of other images.
+The random numbers of an image depend only on the attack, `seed` and the image's entry in `index`
+(its position in x unless given): not on the batch size, the order, the device or other images.
 
-All raise ValueError for arguments that make no sense, for a model that returns anything but logits,
-and for logits or gradients that are nan.
+All raise ValueError for bad arguments, for a model that does not return logits, and for nan in its
+logits or gradients.
 """
 
 import functools
@@ -24,7 +22,6 @@ import torch
 from classifier import (
     LOSSES,
     correct,
-    flag,
     has_nan,
     loss_and_gradient,
     refuse_nan,
@@ -41,10 +38,12 @@ from square import square
 def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, batch_size=250):
     """Projected gradient ascent on the cross-entropy (Madry et al. 2018).
 
-    It starts uniformly in +-`start` (step_size unless given, as the paper's code does; eps is the
-    other usual choice) around x and returns the last of `n_iter` signed steps.
+    It starts uniformly within +-`start` of x (step_size unless given, as in the paper's code; often
+    eps elsewhere) and returns the last of `n_iter` signed steps.
     """
-    width, x_adv, nan = step_size if start is None else start, x.clone(), flag(x)
+    x_adv = x.clone()
+    width = step_size if start is None else start
+    nan = x.new_zeros((), dtype=torch.bool)
     for i in range(0, len(x), batch_size):
         rows = slice(i, i + batch_size)
         noise = uniform('pgd', seed, index[rows], x.shape[1:], x)
@@ -54,12 +53,13 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
 
 
 def pgd_loop(model, x, y, noise, x_adv, eps, step_size, n_iter, width):
-    """The loop of `pgd`: turns `x_adv` into its result for a start drawn with `noise` in [0, 1).
+    """The loop of `pgd`: writes its result into `x_adv`, for a start drawn with `noise` in [0, 1).
 
-    eps, step_size and width, the start's, may be tensors, (). Returns whether a loss or a gradient
-    was nan, (). Nothing here waits for the device.
+    eps, step_size and width, that of the start, may be tensors, (). Returns whether a loss or
+    gradient was nan, (). Nothing here waits for the device.
     """
-    (low, high), nan = box(x, eps), flag(x)
+    low, high = box(x, eps)
+    nan = x.new_zeros((), dtype=torch.bool)
     x_adv.copy_(x).add_((2 * noise - 1).mul_(width)).clamp_(low, high)
     for _ in range(n_iter):
         loss, _, grad = loss_and_gradient(model, x_adv, y, LOSSES['ce'])
@@ -90,19 +90,19 @@ def apgd(
     `loss` is 'ce' or 'dlr'. With n_targets it is the targeted DLR, and the restarts aim at the
     n_targets most likely wrong classes of the image, one each (APGD-T).
 
-    Returns each image's first misclassified point or else its point of highest loss: images that
-    are misclassified from the start stay as they are, a misclassified point ends the search for its
-    image, and a restart is spent only on images that are still correct. With best_loss=True all
-    images run to the end of all restarts and the point of highest loss is returned: the maximum
-    inside L_eps as APGD sees it.
+    Returns the first misclassified point found for each image, at which its search ends, or else
+    the point of highest loss. Images that are misclassified from the start stay as they are. With
+    best_loss=True no search ends before the last restart, and the point of highest loss is
+    returned: an estimate of the maximum inside L_eps.
     """
     if loss not in LOSSES:
         raise ValueError(f'apgd: loss must be one of {", ".join(LOSSES)}, got {loss!r}')
-    # a misclassified point counts as an infinite loss
-    x_adv, best = x.clone(), x.new_full((len(x),), -math.inf)
+    x_adv = x.clone()
+    best = x.new_full((len(x),), -math.inf)  # inf: a misclassified point is found
     if not best_loss:
         best[~correct(model, x, y, batch_size)] = math.inf
-    restarts, checkpoints = torch.zeros_like(y), y.new_tensor(apgd_checkpoints(n_iter))
+    restarts = torch.zeros_like(y)
+    checkpoints = y.new_tensor(apgd_checkpoints(n_iter))
     if n_targets:
         targets = wrong_classes(model, x, y, n_targets, batch_size)
         n_restarts = targets.shape[1]
@@ -115,7 +115,7 @@ def apgd(
 
     def advance(s):
         criterion = functools.partial(targeted_dlr, target=s.target) if n_targets else LOSSES[loss]
-        nan = flag(x)
+        nan = x.new_zeros((), dtype=torch.bool)
         for _ in range(min(4, n_iter + 1 - int(s.k.max()))):
             nan |= apgd_step(s, model, criterion, checkpoints, rho, best_loss)
         return (s.k > n_iter) | (s.loss_best == math.inf), nan
@@ -132,28 +132,24 @@ def apgd(
 
 
 def apgd_start(x, y, rows, noise, eps):
-    """The state of APGD of each image at its start, drawn with `noise` in [0, 1).
-
-    `rows` are the places of the images. The last loss is +inf, so that the first step counts as no
-    rise, and the best is -inf, so that any loss replaces it.
-    """
+    """The state of APGD for the images x at `rows`, at a start drawn with `noise` in [0, 1)."""
     low, high = box(x, eps)
     noise = 2 * noise - 1
     x_k = torch.clamp(x + eps * noise / noise.abs().amax((1, 2, 3), keepdim=True), low, high)
     zeros = x.new_zeros(len(x))
     s = SimpleNamespace(rows=rows, y=y, low=low, high=high, x_k=x_k, x_prev=x_k, x_best=x_k)
-    s.loss, s.loss_best, s.grad_best = zeros + math.inf, zeros - math.inf, torch.zeros_like(x)
-    s.k, s.eta = torch.zeros_like(y), zeros + 2 * eps
-    s.rises, s.checked_k = zeros, zeros  # since the last checkpoint, which was at checked_k
-    s.checked_loss, s.halved = zeros - math.inf, zeros.bool()
+    s.k = torch.zeros_like(y)
+    s.eta = zeros + 2 * eps
+    s.loss = zeros + math.inf  # the first step is no rise
+    s.loss_best, s.grad_best = zeros - math.inf, torch.zeros_like(x)
+    s.rises = zeros  # of the loss since the last checkpoint
+    s.checked_k, s.checked_loss, s.halved = zeros, zeros - math.inf, zeros.bool()  # at it
     return s
 
 
 def apgd_step(s, model, criterion, checkpoints, rho, best_loss):
-    """One iteration of Algorithm 1: evaluates x_k of each image, each at a k of its own, and moves.
-
-    Returns whether a loss or a gradient was nan, ().
-    """
+    """One iteration of Algorithm 1 for each image, whose k may differ: evaluates x_k and moves it.
+    Returns whether a loss or gradient was nan, ()."""
     loss, logits, grad = loss_and_gradient(model, s.x_k, s.y, criterion)
     nan = has_nan(loss, grad)
     if not best_loss:
@@ -163,7 +159,7 @@ def apgd_step(s, model, criterion, checkpoints, rho, best_loss):
     s.loss_best = torch.where(better, loss, s.loss_best)
     s.x_best = torch.where(per_image(better), s.x_k, s.x_best)
     s.grad_best = torch.where(per_image(better), grad, s.grad_best)
-    # at a checkpoint: under condition 1 or 2 eta is halved, and x_k is the best point again
+    # at a checkpoint, under condition 1 or 2, eta is halved and x_k returns to the best point
     check = torch.isin(s.k, checkpoints)
     few_rises = s.rises < rho * (s.k - s.checked_k)
     stagnant = ~s.halved & (s.loss_best <= s.checked_loss)
@@ -186,7 +182,8 @@ def apgd_step(s, model, criterion, checkpoints, rho, best_loss):
 
 def apgd_checkpoints(n_iter):
     """Iterations ceil(p_j N) where APGD may halve its step; 22 41 57 70 80 87 93 99 for N = 100."""
-    p, step, checkpoints = 22, 22, []  # p_j in hundredths, so that ceil sees no rounding error
+    checkpoints = []
+    p, step = 22, 22  # in hundredths, so that ceil sees no rounding error
     while p <= 100:
         checkpoints.append(-(-p * n_iter // 100))
         step = max(step - 3, 6)
@@ -194,7 +191,7 @@ def apgd_checkpoints(n_iter):
     return sorted(set(checkpoints))
 
 
-# The attacks of Table 1. Parameters left open come from the run: eps, and the steps of PGD.
+# The attacks of Table 1. What is left open, eps and the steps of PGD, comes from the run.
 ATTACKS = {
     'pgd': pgd,
     'pgd100': functools.partial(pgd, n_iter=100),
@@ -203,7 +200,7 @@ ATTACKS = {
     'square5k': functools.partial(square, n_queries=5000, p_init=0.8),
 }
 
-# AutoAttack's standard evaluation, each on the images that those before it left.
+# AutoAttack's standard evaluation: each attack gets the images that those before it did not fool.
 STANDARD = {
     'apgd_ce': functools.partial(apgd, n_iter=100),
     'apgd_t': functools.partial(apgd, n_iter=100, loss='dlr', n_targets=9),
@@ -213,6 +210,6 @@ STANDARD = {
 
 
 def title(key):
-    """The column of an attack as the paper writes it, APGD100-CE; or of what is not one attack."""
+    """The title of a column as the paper writes it, such as APGD100-CE."""
     others = {'clean': 'clean', 'worst': 'worst case', 'standard': 'AutoAttack'}
     return others.get(key) or key.replace('_', '-').upper().replace('SQUARE', 'Square')

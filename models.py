@@ -1,8 +1,7 @@
 """The paper's three networks and their ensemble.
 
-Inputs are images in [0, 1], (N, C, H, W); outputs are logits, (N, n_classes). Names in the
-state_dicts and parameter counts are those of the authors' released checkpoints, which therefore
-load as they are.
+Inputs are images in [0, 1], (N, C, H, W); outputs are logits, (N, n_classes). The authors' released
+checkpoints load as they are: state_dicts have their names and shapes.
 """
 
 import math
@@ -25,7 +24,7 @@ class LeNet(nn.Module):
         self.fc2 = nn.Linear(64 * width, n_classes)
 
     def forward(self, x):
-        # pooling first: it commutes with ReLU, on 4 x fewer values
+        # pooling commutes with ReLU, which then has a quarter of the values
         x = F.relu(F.max_pool2d(self.conv1(x), 2))
         x = F.relu(F.max_pool2d(self.conv2(x), 2))
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
@@ -42,7 +41,7 @@ class VGG(nn.Module):
         layers = []
         for multiple in self.PLAN:
             if multiple == 'M':
-                # before the ReLU, as in LeNet; ceil: five poolings leave 1 x 1 of 28 x 28, too
+                # before the ReLU, as in LeNet; ceil_mode leaves 1 x 1 of 28 x 28, too
                 layers.insert(-1, nn.MaxPool2d(2, ceil_mode=True))
             else:
                 out = multiple * width
@@ -99,8 +98,7 @@ class ResNet18(nn.Module):
 class Ensemble(nn.Module):
     """Log of the mean of the members' probabilities: logsumexp_k(log_softmax(z_k)) - log K.
 
-    Used as logits, (N, n_classes), it gives the ensemble's cross-entropy, margin and DLR, so
-    attacks need no second code path.
+    As logits, (N, n_classes), it gives the ensemble's cross-entropy, margin and DLR to attacks.
     """
 
     def __init__(self, members):
@@ -116,6 +114,5 @@ MODELS = {'lenet': LeNet, 'vgg': VGG, 'resnet18': ResNet18}
 
 
 def build(name, dataset, width):
-    """A freshly initialised network, `name` in MODELS, for the images and classes of `dataset`, a
-    `data.Dataset`."""
+    """A freshly initialised network MODELS[name] for the images and classes of a `data.Dataset`."""
     return MODELS[name](width, dataset.channels, dataset.size, dataset.n_classes)

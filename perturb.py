@@ -1,4 +1,4 @@
-"""What all attacks share: the check of their arguments, the box that they search, full batches."""
+"""What all attacks share: checked arguments, the box that they search, batches that stay full."""
 
 import functools
 import inspect
@@ -10,24 +10,24 @@ from classifier import frozen, has_nan, logits_of, refuse_nan
 
 
 def attack(run):
-    """Makes `run` an attack as attack.py describes it.
+    """Makes the search `run` an attack as attack.py describes it.
 
-    ValueError, naming the attack, for arguments that `prepare` refuses. The model is frozen around
-    the search, for which half-precision images become float32: the model alone sees them rounded.
+    ValueError, naming the attack, for arguments that `prepare` refuses. The model is frozen during
+    the search. Images in half precision are searched in float32 and rounded for the model alone.
     """
-    signature, name = inspect.signature(run), run.__name__
+    signature = inspect.signature(run)
 
     @functools.wraps(run)
     def checked(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        a, dtype = call.arguments, call.arguments['x'].dtype
-        model = a['model']
+        a = call.arguments
+        model, dtype = a['model'], a['x'].dtype
         with torch.inference_mode(False), torch.no_grad(), frozen(model):
             try:
                 prepare(a)
             except ValueError as error:
-                raise type(error)(f'{name}: {error}') from None
+                raise type(error)(f'{run.__name__}: {error}') from None
             if a['eps'] == 0 and not a.get('best_distance'):
                 return a['x'].clone()
             if dtype.itemsize < 4:
@@ -39,9 +39,9 @@ def attack(run):
 
 
 def prepare(a):
-    """Checks the arguments of an attack, name -> value, and brings labels and index to int64.
+    """Checks the arguments `a` of an attack, name -> value, and turns labels and index into int64.
 
-    ValueError says in a sentence what is wrong with which value, and the way out.
+    ValueError says which value is wrong, and what would be right.
     """
     x, y, eps, index = a['x'], a['y'], a['eps'], a['index']
     index = torch.arange(len(x)) if index is None else index
@@ -60,9 +60,9 @@ def prepare(a):
     if not (a.get('step_size', 1) > 0 or eps == 0):
         raise ValueError(f'step_size must be above 0, got {a["step_size"]}')
     y, index = (values.to(x.device, torch.int64) for values in (y, index))
-    # autograd refuses tensors of torch.inference_mode
-    tensors = (t.clone() if t.is_inference() else t.detach() for t in (x, y, index))
-    a['x'], a['y'], a['index'] = tensors
+    for name, tensor in ('x', x), ('y', y), ('index', index):
+        # autograd refuses tensors of torch.inference_mode
+        a[name] = tensor.clone() if tensor.is_inference() else tensor.detach()
     a['seed'] = int(a['seed'])
     if len(x):
         low, high = (bound.item() for bound in x.aminmax())
@@ -73,8 +73,7 @@ def prepare(a):
 
 
 def check_model(model, x, y):
-    """ValueError if the model does not return logits of the image x, (1, C, H, W), or if the labels
-    y are not of its classes."""
+    """ValueError unless the model returns logits of x, (1, C, H, W), and has all classes in y."""
     logits = logits_of(model, x.clone())
     if logits.dim() != 2 or logits.shape[1] < 2:
         got = tuple(logits.shape)
@@ -87,21 +86,20 @@ def check_model(model, x, y):
 
 
 def run_in_full_batches(waiting, batch_size, start, advance, finish):
-    """Searches for many images, in batches that are kept full: those that are done make room.
+    """Runs a search on many images in batches that stay full: the next replaces each that is done.
 
-    `waiting` are the places of the images, (N,). start(rows) is the state of the search for these
-    images, a namespace of tensors, one entry per image. advance(state) takes some steps and says
-    which images are done, (n,) bool, and whether a loss or gradient was nan, (). finish(state) of
-    those that are done returns the rows that start anew.
+    `waiting` are the rows of the images, (N,). start(rows) returns the state of the search for some
+    of them, a namespace of tensors with an entry per image. advance(state) takes some steps and
+    returns which images are done, (n,) bool, and whether a loss or gradient was nan, ().
+    finish(state) stores the results of those that are done and returns the rows to search again.
     """
     state = start(waiting[:0])
     while len(waiting) + len(state.rows):
         new, waiting = waiting.tensor_split([batch_size - len(state.rows)])
         if len(new):
             begun = vars(start(new))
-            state = SimpleNamespace(
-                **{name: torch.cat([values, begun[name]]) for name, values in vars(state).items()}
-            )
+            joined = {name: torch.cat([old, begun[name]]) for name, old in vars(state).items()}
+            state = SimpleNamespace(**joined)
         done, nan = advance(state)
         refuse_nan(nan)
         if done.any():
@@ -116,10 +114,10 @@ def take(state, mask):
 
 
 def box(x, eps):
-    """Corners of the l_inf eps-ball around x, cut to [0, 1]: one box, so one clamp projects."""
+    """Lowest and highest corner of the l_inf eps-ball around x within [0, 1]; a clamp projects."""
     return (x - eps).clamp_(min=0), (x + eps).clamp_(max=1)
 
 
 def per_image(values):
-    """(N,) or (N, C) values, shaped to broadcast over images (N, C, H, W)."""
+    """Values, (N,) or (N, C), shaped to broadcast over images, (N, C, H, W)."""
     return values.reshape(values.shape + (1,) * (4 - values.dim()))

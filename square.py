@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from classifier import correct, flag, has_nan, logits_of, margin
+from classifier import correct, has_nan, logits_of, margin
 from perturb import attack, box, per_image, run_in_full_batches
 from rng import uniform
 
@@ -14,15 +14,16 @@ from rng import uniform
 def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, batch_size=250):
     """Square attack (Andriushchenko et al. 2019): random search with squares, needing no gradient.
 
-    It starts from vertical stripes of +-eps (the first query). Each further query sets a window, at
-    a random place and of a size that shrinks on a schedule (`square_side`), to +-eps in each
-    channel, and is kept if the margin falls. An image that is misclassified from the start stays as
-    it is; one that becomes misclassified is finished.
+    The first query is vertical stripes of +-eps. Each further one sets a window at a random place,
+    of a size that shrinks on a schedule (`square_side`), to +-eps in each channel, and is kept if
+    the margin falls. The search for an image ends once it is misclassified, possibly at once.
     """
     if not 0 < p_init <= 1:
         raise ValueError(f'square: p_init must be above 0 and at most 1, got {p_init}')
     channels, height, width = x.shape[1:]
-    x_adv, nan, block = x.clone(), flag(x), torch.arange(20, device=x.device)
+    x_adv = x.clone()
+    nan = x.new_zeros((), dtype=torch.bool)
+    block = torch.arange(20, device=x.device)  # queries between looks at which images are done
     sides = [square_side(query, p_init, height, width) for query in range(n_queries + 1)]
     sides = torch.tensor(sides, device=x.device)
 
@@ -30,7 +31,7 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
         logits = logits_of(model, x_adv)
         margins = margin(logits, y)
         nan.logical_or_(has_nan(logits, margins))
-        return margins.masked_fill(logits.argmax(1) != y, -math.inf)  # a misclassified one is done
+        return margins.masked_fill(logits.argmax(1) != y, -math.inf)
 
     def start(rows):
         low, high = box(x[rows], eps)
@@ -45,12 +46,10 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
         queries = s.query + block[: n_queries + 1 - int(s.query.max()), None]
         draws = uniform('square', seed, index[s.rows], (2 + channels,), x, queries)
         for u, side in zip(draws, sides[queries]):
-            window = (
-                window_mask(u[:, 0], side, height)[:, None, :, None]
-                & window_mask(u[:, 1], side, width)[:, None, None]
-            )
+            rows = window_mask(u[:, 0], side, height)[:, None, :, None]
+            columns = window_mask(u[:, 1], side, width)[:, None, None, :]
             signed = torch.where(per_image(u[:, 2:] < 0.5), s.low, s.high)
-            x_new = torch.where(window, signed, s.x_adv)
+            x_new = torch.where(rows & columns, signed, s.x_adv)
             new = measure(x_new, s.y)
             s.x_adv = torch.where(per_image(new < s.best), x_new, s.x_adv)
             s.best = torch.minimum(new, s.best)
@@ -67,12 +66,13 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
 
 
 def square_side(query, p_init, height, width):
-    """Side of Square's window at `query`: sqrt(p h w), p halved after queries 10, 50, 200, ..."""
+    """Side of the window at `query`: sqrt(p h w), p halved after queries 10, 50, 200, ..."""
     halvings = sum(query > q for q in (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000))
     return min(max(round(math.sqrt(p_init / 2**halvings * height * width)), 1), height, width)
 
 
 def window_mask(u, side, size):
-    """(N, size) mask of `side` places, (N,), from one in 0 .. size - side; u in [0, 1), (N,)."""
-    place = torch.arange(size, device=u.device) - (u * (size - side + 1)).long()[:, None]
-    return (place >= 0) & (place < side[:, None])
+    """(N, size) mask of `side`, (N,), neighbours, at a place drawn with u in [0, 1), (N,)."""
+    first = (u * (size - side + 1)).long()
+    offset = torch.arange(size, device=u.device) - first[:, None]
+    return (offset >= 0) & (offset < side[:, None])
