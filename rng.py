@@ -1,6 +1,6 @@
 """Random numbers as a function of purpose, seed and image, not of batch, order or device.
 
-They are counter-based (Salmon et al. 2011): SplitMix64 (Steele et al. 2014) is evaluated at a key.
+They are counter-based (Salmon et al. 2011): hashes of keys by SplitMix64 (Steele et al. 2014).
 """
 
 import math
@@ -12,8 +12,7 @@ import torch
 def uniform(name, seed, index, shape, like, stream=0):
     """Uniform numbers in [0, 1), (*index.shape, *shape), in the dtype and on the device of `like`.
 
-    They are a pure function of the name of who draws, the seed, the index of the image and the
-    stream; the last two broadcast.
+    They depend only on an attack's name, the seed, the image's index and the stream (broadcast).
     """
     key = index + fold_in(zlib.crc32(name.encode()), seed)
     key = splitmix64(splitmix64(key) + stream)
@@ -23,7 +22,7 @@ def uniform(name, seed, index, shape, like, stream=0):
 
 
 def fold_in(*words):
-    """One seed, 0 .. 2^63 - 1, from several integers such as seed, epoch and batch."""
+    """A seed, 0 .. 2^63 - 1, made of several integers such as seed, epoch and batch."""
     key = torch.tensor(0)
     for word in words:
         key = splitmix64(key + word % 2**63) + 1

@@ -2,8 +2,7 @@
 
 `python train.py --dataset cifar10 --eps-sched linear --periodic` is a row of the paper's Table 1:
 the defaults are the paper's for the dataset. A resumed run ends bit-identical to an uninterrupted
-one: every random number is a function of seed, epoch and batch. Budgets are typed as fractions of
-the pixel range, 8/255 or 0.4.
+one: every random number is a function of seed, epoch and batch. Budgets are typed 8/255 or 0.4.
 """
 
 import argparse
@@ -45,26 +44,29 @@ def training_loss(net, x_adv, x, y, c):
 def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
     """One epoch of min_theta max_{x'} loss (Eq. 1) on images x and labels y under the settings c.
 
-    Returns t, eps and lr of its last batch, the mean loss and error on the adversarial examples;
-    and the rows of trace.jsonl (Figures 2 and 8), on the first and last c.trace updates of the run.
+    Returns t, eps and lr of its last batch with the mean loss and error on adversarial examples;
+    and rows of trace.jsonl (Figures 2 and 8) on updates among the first or last c.trace of the run.
     """
     net.train()
-    trace, loss_sum, errors, seen = [], 0.0, 0, 0
     n_batches = math.ceil(len(x) / c.batch_size)
-    generator, layout = rng.generator(c.seed, epoch), fast.memory_format(x.device, c.precision)
-    # without a cache, which a CUDA graph must not capture
-    bf16 = c.precision == 'bf16'
+    generator = rng.generator(c.seed, epoch)
+    layout = fast.memory_format(x.device, c.precision)
+    bf16 = c.precision == 'bf16'  # no cache: a CUDA graph must not capture it
     autocast = torch.autocast(x.device.type, torch.bfloat16, bf16, cache_enabled=False)
+    loss_sum, errors, seen = 0.0, 0, 0
+    trace = []
     for i, (x_batch, y_batch) in enumerate(data.batches(x, y, c.batch_size, generator, c.augment)):
         t, eps, lr = clock(c, epoch, i, n_batches)
         for group in optimizer.param_groups:
             group['lr'] = lr
-        n, (own, counted) = len(y_batch), distributed.share(len(y_batch))
+        n = len(y_batch)
+        own, counted = distributed.share(n)
         x_batch, y_batch = x_batch[own].contiguous(memory_format=layout), y_batch[own]
         with autocast:
             x_adv = x_batch
             if eps >= 1e-6:  # below is clean training, as in the paper's code
-                step_size, start = c.step_size * eps / c.eps, eps if c.start == 'eps' else None
+                step_size = c.step_size * eps / c.eps
+                start = eps if c.start == 'eps' else step_size
                 seed = rng.fold_in(c.seed, epoch, i)
                 x_adv = adversary(x_batch, y_batch, eps, step_size, start=start, seed=seed)
             loss, logits = training_loss(net, x_adv, x_batch, y_batch, c)
@@ -76,36 +78,36 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         errors += wrong
         seen += n
         update = epoch * n_batches + i
-        if c.trace and not c.trace <= update < c.epochs * n_batches - c.trace:
+        if c.trace and min(update, c.epochs * n_batches - 1 - update) < c.trace:
             distributed.total(wrong)
             moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
             grad_norm = norm(*(theta.grad for theta in net.parameters()))
             trace.append((update, grad_norm, wrong / n, norm(*moved)))
         optimizer.step()
-        if i % 50 == 0 or i == n_batches - 1:  # else nothing waits for the device
+        if i % 50 == 0 or i == n_batches - 1:  # rarely, since it waits for the device
             sums = torch.stack([loss_sum, errors.to(loss_sum), adversary.nan.to(loss_sum)])
             distributed.total(sums)
             refuse_nan(sums[2] > 0)
             if not sums[0].isfinite():
                 raise NotFiniteError(f'the loss became {sums[0].item()}')
-            loss = sums[0].item() / seen
-            bar.set_postfix_str(f'epoch {epoch + 1}/{c.epochs} loss {loss:.2f}', refresh=False)
+            mean_loss, error = sums[0].item() / seen, sums[1].item() / seen
+            bar.set_postfix_str(f'epoch {epoch + 1}/{c.epochs} loss {mean_loss:.2f}', refresh=False)
         bar.update(n)
-    row = {'t': t, 'eps': eps, 'lr': lr, 'loss': loss}
-    row |= {'train_robust_error': sums[1].item() / len(x)}
+    row = {'t': t, 'eps': eps, 'lr': lr, 'loss': mean_loss, 'train_robust_error': error}
     names = 'step', 'grad_norm', 'robust_error', 'distance'
     return row, [dict(zip(names, (update, *map(float, numbers)))) for update, *numbers in trace]
 
 
 def clock(c, epoch, batch, n_batches):
     """t, eps and lr of a batch of an epoch, under the settings c."""
-    now, step = epoch, 1
+    now, tick = epoch, 1
     if c.clock == 'batch':
-        now, step = epoch + batch / n_batches, 1 / n_batches
+        now, tick = epoch + batch / n_batches, 1 / n_batches
     t = schedule.progress(now, c.periods)
-    t_end = schedule.progress(now, c.periods, ahead=step)  # of the update or epoch
+    t_end = schedule.progress(now, c.periods, ahead=tick)
+    eps = schedule.eps_at(t, c.eps_sched, c.eps, c.eps_min, c.eps_max)
     lr = schedule.lr_at(t, c.lr_sched, c.lr) * schedule.warmup_at(t_end, c.lr_warmup)
-    return t, schedule.eps_at(t, c.eps_sched, c.eps, c.eps_min, c.eps_max), lr
+    return t, eps, lr
 
 
 def validate(model, x, y, index, c):
@@ -125,9 +127,10 @@ def validate(model, x, y, index, c):
 
 
 def train(c, state, folder, args):
-    """Trains the run in `folder` from `state` on, what record.start returned: to the end, for
-    args.minutes, or until the loss is not finite, which is recorded in diverged.json."""
-    began, device = time.monotonic(), args.device
+    """Trains the run in `folder`, from the `state` that record.start returned, to the end or for
+    args.minutes. If the loss becomes infinite or nan, training ends with a diverged.json."""
+    began = time.monotonic()
+    device = args.device
     x, y, x_test, y_test = data.load(c.dataset, args.data_dir, device)
     rows, index = data.subset(len(x), c.n_train), data.subset(len(x_test), c.n_eval)
     x, y, x_test, y_test = x[rows], y[rows], x_test[index], y_test[index]
@@ -146,9 +149,9 @@ def train(c, state, folder, args):
         log, trace = state['log'], state['trace']
         save_logs(folder, log, trace)  # a kill may have come between last.pt and these
         print(f'resuming after epoch {len(log)}')
-    # static shapes: else it would change to dynamic ones at a moment that a resumed run misses
+    # static shapes: torch would turn to dynamic ones after some batches, a resumed run after others
     compiled = functools.partial(torch.compile, dynamic=False) if args.compile else None
-    # mode: on cuda its passes are CUDA graphs
+    # reduce-overhead: CUDA graphs
     net = compiled(model, mode='reduce-overhead') if compiled else model
     dtype = torch.bfloat16 if c.precision == 'bf16' else torch.float32
     adversary = fast.Adversary(model, c.n_iter, x[:2], compiled=compiled, dtype=dtype)
@@ -171,11 +174,12 @@ def train(c, state, folder, args):
             bar.write(format_epoch(log[-1], c))
             save_checkpoint(folder, c, model, optimizer, log, trace)
             late = args.minutes is not None and time.monotonic() - began > 60 * args.minutes
-            distributed.total(late := torch.tensor(float(late)))
-            if late:  # of the clocks one decides for all
+            late = torch.tensor(float(late))
+            distributed.total(late)
+            if late:  # for one process, so all stop
                 break
     if len(log) == c.epochs and distributed.RANK == 0:
-        (folder / 'last.pt').unlink(missing_ok=True)  # from now on the run is finished
+        (folder / 'last.pt').unlink(missing_ok=True)  # the run counts as finished
     distributed.wait()
 
 
@@ -191,7 +195,7 @@ def save_checkpoint(folder, c, model, optimizer, log, trace):
     ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
     if len(log) in ends:
         record.save(ends[len(log)], model.state_dict())
-        log[-1]['digest'] = record.digest(ends[len(log)])  # by which report.py knows it again
+        log[-1]['digest'] = record.digest(ends[len(log)])  # names the model in other results
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict()}
     record.save(folder / 'last.pt', state | {'log': log, 'trace': trace})
     save_logs(folder, log, trace)
@@ -204,32 +208,34 @@ def save_logs(folder, log, trace):
 
 
 def format_epoch(row, c):
-    """One epoch of the log, for people."""
-    text = (
-        f'epoch {row["epoch"]}/{c.epochs}  lr {row["lr"]:.2g}  loss {row["loss"]:.4f}  robust error'
-    )
-    text += f': train {row["train_robust_error"]:.1%} at eps {data.show_eps(row["eps"], c.dataset)}'
+    """An epoch of the log as a line on the terminal."""
+    text = f'epoch {row["epoch"]}/{c.epochs}  lr {row["lr"]:.2g}  loss {row["loss"]:.4f}'
+    text += f'  robust error: train {row["train_robust_error"]:.1%}'
+    text += f' at eps {data.show_eps(row["eps"], c.dataset)}'
     if row['robust_error'] is not None:
         text += f', test {row["robust_error"]:.1%} at {data.show_eps(c.eps, c.dataset)}'
         text += f'  clean error {row["clean_error"]:.1%}'
-    constant = '  a constant classifier: one class for every test image'
-    return f'{text}  {row["seconds"]:.0f} s' + constant * (row['predicted_classes'] == 1)
+    text += f'  {row["seconds"]:.0f} s'
+    if row['predicted_classes'] == 1:
+        text += '  a constant classifier: one class for every test image'
+    return text
 
 
 def build_optimizer(model, c):
-    """The optimizer of the settings c for the parameters of `model`; one kernel a step on cuda."""
+    """The optimizer of the settings c for the parameters of `model`; on cuda a fused one."""
     parameters = list(model.parameters())
     options = {'momentum': c.momentum} if c.optimizer == 'sgd' else {}
     options |= {'weight_decay': c.weight_decay, 'fused': parameters[0].is_cuda}
     return OPTIMIZERS[c.optimizer](parameters, c.lr, **options)
 
 
-# flags that are no settings of a run: they say where and when to compute, or stand for others
+# flags that config.json does not hold: they change no result, or set others (periodic)
 NO_SETTINGS = 'device', 'data_dir', 'out', 'minutes', 'compile', 'periodic'
 
 
 def settings(args):
-    """All settings of the run that `args` ask for, the paper's where they are None: its config."""
+    """The config of the run that `args` ask for: all its settings, the paper's where they are None.
+    ValueError if they contradict each other or are out of range."""
     paper = data.DATASETS[args.dataset].settings(args.eps)
     paper['eps_max'] = paper['eps_max'].get(args.eps_sched, 2 * paper['eps'])
     given = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
@@ -243,15 +249,15 @@ def settings(args):
     elif args.periodic or args.epochs not in (None, sum(c.periods)):
         raise ValueError('--periods already sets the epochs; leave out --periodic and --epochs')
     c.epochs = sum(c.periods)
-    allowed = {
+    in_range = {
         'eps': 0 <= c.eps <= 1,
         'eps_min eps_max': c.eps_min <= c.eps_max,
         'step_size': 0 < c.step_size <= 1 or c.eps == 0,
         'lr_warmup': 0 <= c.lr_warmup <= 1,
         'n_eval': 0 <= c.n_eval,
     }
-    for names, is_allowed in allowed.items():
-        if not is_allowed:
+    for names, valid in in_range.items():
+        if not valid:
             found = data.show_settings(names.split(), vars(c))
             raise ValueError(f'{found} is out of range')
     return c
@@ -263,18 +269,14 @@ def config_of(flags):
 
 
 def parser():
-    """The command line; flags without a default have the paper's for the dataset."""
+    """The command line; flags without a default take the paper's for the dataset."""
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=cli.HelpFormatter, allow_abbrev=False
     )
     add = p.add_argument
     add('--dataset', choices=data.DATASETS, default='mnist5k', help='mnist5k needs no download')
     add('--model', choices=models.MODELS, help='lenet for MNIST, resnet18 for CIFAR10')
-    add(
-        '--width',
-        type=cli.count,
-        help='width factor of the model; 16 for lenet, 8 for vgg and resnet18',
-    )
+    add('--width', type=cli.count, help='width factor; 16 for lenet, 8 for vgg and resnet18')
     add('--eps', type=cli.budget, help='target budget; 0.4 for MNIST, 8/255 for CIFAR10')
     add('--eps-sched', choices=schedule.EPS_SCHEDS, default='constant', help='ramp (Eq. 5)')
     add('--eps-min', type=cli.budget, default=0.0, help='start of the ramp, clipped to [0, eps]')
@@ -290,22 +292,16 @@ def parser():
     add('--lr-warmup', type=float, default=0.0, help='share of a period in which lr rises from 0')
     add('--momentum', type=float, default=0.9, help='of sgd')
     add('--weight-decay', type=float, help='0 for MNIST, 1e-3 for CIFAR10')
-    add(
-        '--step-size',
-        type=cli.step,
-        help='of PGD at eps, eps/8 or a number; 0.01 for MNIST, eps/4 for CIFAR10',
-    )
+    add('--step-size', type=cli.step, help='of PGD at eps; 0.01 for MNIST, eps/4 for CIFAR10')
     add('--n-iter', type=cli.count, help='of PGD; eps/0.01 + 10 for MNIST, 10 for CIFAR10')
     add('--start', choices=('step', 'eps'), default='step', help='PGD starts in +-step_size or eps')
     add('--augment', action=argparse.BooleanOptionalAction, help='crop and flip; for CIFAR10')
-    add('--n-train', type=cli.count, help='train on so many of the images; all')
+    add('--n-train', type=cli.count, help='number of training images; all')
     add('--n-eval', type=int, default=1000, help='test images for the errors after each epoch')
-    add(
-        '--trace', type=cli.count, metavar='N', help='the first and last N updates into trace.jsonl'
-    )
+    add('--trace', type=cli.count, metavar='N', help='log the first and last N updates')
     add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32', help='of training alone')
     add('--seed', type=int, default=0, help='of initialisation, data order and attacks')
-    add('--minutes', type=float, help='stop after the epoch that passes so many, to be resumed')
+    add('--minutes', type=float, help='stop after the epoch in which so many have passed')
     add('--compile', action='store_true', help='torch.compile the network')
     add('--out', help='folder of the run; ckpts/DATASET_MODEL_SCHED[_periodic]_sSEED')
     cli.add_machine_flags(p)
@@ -315,12 +311,15 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     c = settings(args)
-    name = [c.dataset, c.model, c.eps_sched] + ['periodic'] * (len(c.periods) > 1) + [f's{c.seed}']
-    folder = pathlib.Path(args.out or 'ckpts/' + '_'.join(name))
+    name = f'{c.dataset}_{c.model}_{c.eps_sched}'
+    if len(c.periods) > 1:
+        name += '_periodic'
+    folder = pathlib.Path(args.out or f'ckpts/{name}_s{c.seed}')
     names = 'dataset', 'model', 'width', 'eps', 'eps_sched', 'periods'
     print(f'{folder} on {args.device}: {data.show_settings(names, vars(c))}')
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # a resumed run is bit-identical
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
     defaults = config_of([])
     diverged = folder / 'diverged.json'
     with record.lock(folder):
@@ -330,11 +329,10 @@ def main(argv=None):
         if diverged.exists():
             epoch = record.load(diverged)['epoch']
             print(f'{folder} diverged in epoch {epoch}, which is its result; try a smaller --lr')
-            return
-        if record.finished(folder):
+        elif record.finished(folder):
             print(f'{folder} is finished. Next: python evaluate.py {folder}')
-            return
-    print(f'{folder} stopped for --minutes {args.minutes:g}; the same command resumes it')
+        else:
+            print(f'{folder} stopped for --minutes {args.minutes:g}; the same command resumes it')
 
 
 if __name__ == '__main__':
