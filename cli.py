@@ -13,16 +13,16 @@ import record
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Says the default of each flag that has one."""
+    """Adds the default to the help of each flag that has one."""
 
     def _get_help_string(self, action):
-        flags = action.default is None or action.default is False or action.default == []
-        has_default = not flags and action.default != argparse.SUPPRESS
-        return action.help + ' (default: %(default)s)' * has_default
+        if action.default is False or action.default in (None, [], argparse.SUPPRESS):
+            return action.help
+        return f'{action.help} (default: %(default)s)'
 
 
 def budget(text):
-    """A budget or step, '8/255' or '0.4' in the paper, as a fraction of the pixel range."""
+    """A type for argparse: a budget or step, 8/255 or 0.4, as a fraction of the pixel range."""
     numerator, _, denominator = text.partition('/')
     try:
         value = float(numerator) / float(denominator or 1)
@@ -34,7 +34,7 @@ def budget(text):
 
 
 def step(text):
-    """A type for argparse: a step as a `budget`, or eps/8, which stays as it is."""
+    """A type for argparse: a step as a `budget`, or such as eps/8, which stays a string."""
     if not text.startswith('eps'):
         return budget(text)
     if not re.fullmatch(r'eps/[1-9]\d*', text):
@@ -50,8 +50,7 @@ def count(text):
 
 
 def device(text):
-    """A type for argparse: a device that this machine has, cpu, cuda or cuda:1; of processes that
-    torchrun started each has a GPU of its own."""
+    """A type for argparse: cpu, cuda:1, or cuda, which is another GPU in each torchrun process."""
     if text == 'cuda':
         text = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
@@ -72,28 +71,23 @@ def add_machine_flags(parser):
 
 
 class Lines:
-    """A file for a progress bar: a line for each of its states, on stderr."""
+    """A file that turns each state of a progress bar into a line on stderr."""
 
     def write(self, text):
         if text.strip():
-            sys.stderr.write(text.strip() + '\n')
-
-    def flush(self):
-        sys.stderr.flush()
+            print(text.strip(), file=sys.stderr, flush=True)
 
 
 def bar(unit, total, done=0):
-    """A progress bar of `total` units, `done` of them before; in a file, a line a minute."""
-    in_file = {'file': Lines(), 'mininterval': 60, 'ncols': 80}
-    options = {} if sys.stderr.isatty() else in_file
-    options['disable'] = distributed.RANK > 0
-    return tqdm(
-        unit=unit, total=total, initial=done, unit_scale=total > 10000, leave=False, **options
-    )
+    """A progress bar of `total` units, of which `done` are over; in a file, a line a minute."""
+    options = {'unit': unit, 'total': total, 'initial': done, 'unit_scale': total > 10000}
+    if not sys.stderr.isatty():
+        options |= {'file': Lines(), 'mininterval': 60, 'ncols': 80}
+    return tqdm(leave=False, disable=distributed.RANK > 0, **options)
 
 
 def run(main):
-    """Runs a script's main: bad input, full memory and Ctrl-C end it with one line."""
+    """Runs a script's main; bad input, full memory and Ctrl-C end it with one line."""
     try:
         with distributed.joined():
             main()

@@ -1,10 +1,10 @@
-"""The Table 1 row of a run or of an ensemble: the clean error and the robust ones, by attack.
+"""The Table 1 row of a run or of an ensemble: its clean error and its robust error by attack.
 
 `python evaluate.py RUN...` evaluates each run as the paper does: its last model, or the ensemble of
-its periods. `python evaluate.py --ensemble PATH...` makes one ensemble of all checkpoints and runs
-named or below the folders named, for each dataset and budget. Each finished attack is kept, so that
-the same command resumes a killed evaluation. The row of a run lies in its folder, any other under
-evals/. An image that is misclassified when clean counts as not robust.
+its periods. `python evaluate.py --ensemble PATH...` makes one ensemble for each dataset and budget
+of all checkpoints and runs that are named or below the folders named. Each attack is saved when it
+is finished, and the same command resumes a killed evaluation. The result of a run is written to its
+folder, any other to evals/. An image that is misclassified when clean counts as not robust.
 """
 
 import argparse
@@ -34,19 +34,20 @@ from classifier import correct
 
 
 def evaluate(model, x, y, e, args):
-    """Adds to e.result and e.robust the columns they lack; writes them after each.
+    """Adds the columns that are missing to e.result and e.robust, and writes both after each.
 
-    x, (N, C, H, W), and y are images and labels, e.index their dataset indices, which seed each
-    image's random numbers. e.robust[key] is an (N,) bool array, e.result['columns'][key] its
-    summary. With --standard each attack gets only the images that all earlier ones left correct,
-    and its column is the cumulative error.
+    x, (N, C, H, W), and y are images and labels, e.index their indices in the dataset, for random
+    numbers. e.robust[key] is an (N,) bool array, e.result['columns'][key] its summary. With
+    --standard each attack gets the images that withstood all before it: errors are cumulative.
     """
-    columns, dataset, began = e.result['columns'], e.result['dataset'], time.monotonic()
+    columns, dataset = e.result['columns'], e.result['dataset']
+    began = time.monotonic()
     if 'clean' not in columns:
         keep(e, 'clean', correct(model, x, y, args.batch_size), began)
     print(format_row('clean', columns['clean'], dataset))
     for key, run_attack in e.attacks.items():
-        settings, began = dict(run_attack.keywords), time.monotonic()
+        settings = dict(run_attack.keywords)
+        began = time.monotonic()
         if key not in columns or not settings.items() <= columns[key]['settings'].items():
             e.robust.pop(key, None)
             before = list(e.robust) if args.standard else ['clean']
@@ -56,9 +57,10 @@ def evaluate(model, x, y, e, args):
                 settings |= {'after': '+'.join(before), 'attacked': len(standing)}
             options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
             options['batch_size'] = args.batch_size
-            searching = fast.tf32(args.precision == 'tf32')
-            with searching, progress(model, settings, math.ceil(len(standing) / distributed.SIZE)):
-                x_adv = distributed.shared(run_attack)(model, x[standing], y[standing], **options)
+            run_attack = distributed.shared(run_attack)
+            n = math.ceil(len(standing) / distributed.SIZE)
+            with fast.tf32(args.precision == 'tf32'), progress(model, settings, n):
+                x_adv = run_attack(model, x[standing], y[standing], **options)
             robust = torch.zeros(len(x), dtype=torch.bool)
             robust[standing] = correct(model, x_adv, y[standing], args.batch_size).cpu()
             keep(e, key, robust, began, settings=settings)
@@ -75,25 +77,26 @@ def evaluate(model, x, y, e, args):
 
 
 def keep(e, key, robust, began, **settings):
-    """Adds a column and writes the result, with the worst case of all columns so far."""
-    e.robust[key], columns = robust.cpu().numpy(), e.result['columns']
+    """Adds a column and the worst case of all columns so far, and writes the result."""
+    e.robust[key] = robust.cpu().numpy()
+    columns = e.result['columns']
     seconds = round(time.monotonic() - began, 1)
     columns[key] = summary(e.robust[key], seconds=seconds, **settings)
     worst = np.logical_and.reduce(list(e.robust.values()))
     columns['worst'] = summary(worst, settings={'of': '+'.join(e.robust)})
-    arrays = {'index': e.index, 'worst': worst, **e.robust}
-    record.save(e.npz, arrays)
+    record.save(e.npz, {'index': e.index, 'worst': worst, **e.robust})
     record.save(e.json, e.result)
 
 
 @contextlib.contextmanager
 def progress(model, settings, n):
-    """Inside, images that pass through `model` move a bar; its end is the most an attack needs."""
+    """A progress bar of the images that pass through `model`, up to the most that n images need."""
     passes = settings.get('n_queries') or settings.get('n_iter', 1) * settings.get('n_restarts', 1)
-    passes *= 2 * settings['n_targets'] if 'n_targets' in settings else 1  # FAB passes all twice
+    if 'n_targets' in settings:
+        passes *= 2 * settings['n_targets']  # an iteration of FAB is two passes
     with cli.bar(' images at most', passes * n) as bar:
 
-        def count(module, x, output):  # returns None: anything else would replace the output
+        def count(module, x, output):
             bar.update(len(output))
 
         hook = model.register_forward_hook(count)
@@ -104,21 +107,23 @@ def progress(model, settings, n):
 
 
 def attacks_of(table, config, eps):
-    """A `table` of attacks as partials whose keywords are all settings but eps. An attack without
-    n_iter is that of training (data.pgd_settings); one without step_size has the paper's."""
+    """A `table` of attacks as partials whose keywords are all settings but eps. One without n_iter
+    becomes the attack of training (data.pgd_settings); one without step_size takes the paper's."""
     training = data.pgd_settings(config, eps)
     paper = {'step_size': data.DATASETS[config['dataset']].settings(eps)['pgd100_step_size']}
     attacks = {}
     for key, run_attack in table.items():
         parameters = inspect.signature(run_attack).parameters.values()
         unset = [p.name for p in parameters if p.default is p.empty]
-        steps = training if 'n_iter' in unset else paper if 'step_size' in unset else {}
+        steps = paper if 'step_size' in unset else {}
+        if 'n_iter' in unset:
+            steps = training
         attacks[key] = functools.partial(run_attack, **steps)
     return attacks
 
 
 def summary(robust, **settings):
-    """A column of the result: the error, its 95 % interval (Wilson 1927), and what led to it."""
+    """A column of the result: the error, its 95 % interval (Wilson 1927) and the `settings`."""
     found = scipy.stats.binomtest(int((~robust).sum()), len(robust))
     interval = list(found.proportion_ci(method='wilson'))
     return {'error': found.statistic, 'interval': interval, **settings}
@@ -135,11 +140,10 @@ def format_row(key, column, dataset):
 
 
 def load_groups(paths, args, lenient):
-    """{(dataset, eps): {checkpoint: (settings, network)}} of checkpoints and runs.
-
-    Runs that diverged, and if `lenient` those that are not finished, are named and left out.
-    """
-    groups, left_out = {}, (record.Diverged, *[record.Unfinished] * lenient)
+    """{(dataset, eps): {checkpoint: (settings, network)}} of checkpoints and runs. It leaves out
+    runs that diverged and, if `lenient`, those that are not finished, and says so."""
+    groups = {}
+    left_out = (record.Diverged, record.Unfinished) if lenient else record.Diverged
     for path in paths:
         try:
             files = record.members(path)
@@ -154,32 +158,35 @@ def load_groups(paths, args, lenient):
 
 
 def evaluate_group(paths, dataset, eps, members, args):
-    """Evaluates one ensemble as the command line asks, resuming what is there.
-
-    The members' training attack is the column PGD; where they differ in it, the paper's is.
-    """
-    files, (configs, nets) = list(members), zip(*members.values())
+    """Evaluates the ensemble of `members`, a group of load_groups(paths, ...), or resumes this. The
+    column PGD is the members' attack of training, or the paper's if they differ in it."""
+    files = list(members)
+    configs, nets = zip(*members.values())
     digests = sorted(map(record.digest, files))
     folder = paths[0]
     if args.ensemble or not folder.is_dir():
+        kind = 'ensemble' if args.ensemble else 'checkpoint'
         name = hashlib.sha256(f'{digests} {dataset} {eps}'.encode()).hexdigest()[:10]
-        folder = pathlib.Path('evals', f'{"ensemble" if args.ensemble else "checkpoint"}_{name}')
+        folder = pathlib.Path('evals', f'{kind}_{name}')
     _, _, x, y = data.load(dataset, args.data_dir, args.device)
     index = data.subset(len(x), args.n_examples)
     metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}
     metadata |= {'eps': eps, 'seed': args.seed, 'n': len(index), 'n_test': len(x)}
-    metadata |= {'standard': True} if args.standard else {}
-    metadata |= {'precision': 'tf32'} if args.precision == 'tf32' else {}
-    paper = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
-    alike = len({str(data.pgd_settings(config, eps)) for config in configs}) == 1
+    stem, table, tag = 'evaluate', {key: attack.ATTACKS[key] for key in args.attacks}, None
+    if args.standard:
+        stem, table = 'evaluate_standard', attack.STANDARD
+        metadata['standard'] = True
+    if args.precision == 'tf32':
+        tag = ''
+        metadata['precision'] = 'tf32'
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
     layout = fast.memory_format(args.device, args.precision)
     model = model.to(args.device, memory_format=layout)
-    table = attack.STANDARD if args.standard else {k: attack.ATTACKS[k] for k in args.attacks}
-    attacks = attacks_of(table, configs[0] if alike else paper, eps)
-    e = SimpleNamespace(folder=folder, index=index, attacks=attacks)
-    stem = 'evaluate_standard' if args.standard else 'evaluate'
-    e.json = analysis.output(e, stem, args, tf32='' if args.precision == 'tf32' else None)
+    config = configs[0]
+    if len({str(data.pgd_settings(config, eps)) for config in configs}) > 1:
+        config = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
+    e = SimpleNamespace(folder=folder, index=index, attacks=attacks_of(table, config, eps))
+    e.json = analysis.output(e, stem, args, tf32=tag)
     e.npz = e.json.with_suffix('.npz')
     print(
         f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
@@ -201,13 +208,11 @@ def main(argv=None):
     runs = record.find_runs(named)
     if not runs:
         raise ValueError(f'{" ".join(named)}: no run is below, no folder with a config.json')
-    groups = [
-        (paths, *key, members)
-        for paths in ([runs] if args.ensemble else [[run] for run in runs])
-        for key, members in load_groups(paths, args, len(runs) > 1).items()
-    ]
-    for group in groups:
-        evaluate_group(*group, args)
+    together = [runs] if args.ensemble else [[run] for run in runs]
+    found = [(paths, load_groups(paths, args, len(runs) > 1)) for paths in together]
+    for paths, groups in found:
+        for (dataset, eps), members in groups.items():
+            evaluate_group(paths, dataset, eps, members, args)
 
 
 def parse(argv):
@@ -218,14 +223,10 @@ def parse(argv):
     add('--ensemble', nargs='+', metavar='PATH', help='runs and checkpoints, as one ensemble')
     keys = list(attack.ATTACKS)
     add('--attacks', nargs='+', choices=keys, default=keys, help='columns of Table 1')
-    add(
-        '--standard',
-        action='store_true',
-        help="AutoAttack's standard evaluation in place of these: APGD-CE, APGD-T, FAB-T and "
-        'Square, likewise cumulative; into evaluate_standard.json',
-    )
+    text = "AutoAttack's instead, one after the other: APGD-CE, APGD-T, FAB-T, Square"
+    add('--standard', action='store_true', help=text)
     text = 'of the search on a GPU; an image has fallen only if a float32 pass says so'
-    p.add_argument('--precision', choices=('fp32', 'tf32'), default='fp32', help=text)
+    add('--precision', choices=('fp32', 'tf32'), default='fp32', help=text)
     analysis.add_flags(p)
     args = p.parse_args(argv)
     if bool(args.runs) == bool(args.ensemble):

@@ -29,10 +29,10 @@ import models
 
 
 def replace(path, write):
-    """Calls write(file) on a new binary file, then puts it at `path` in one step, safe on disk. Of
-    several processes the first one writes, when all are here."""
+    """Calls write(file) on a new binary file, syncs it to disk and moves it to `path` in one step.
+    Of several processes the first one writes, once all are here."""
     path = pathlib.Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp')  # who writes here holds the folder's lock
+    temporary = path.with_name(f'.{path.name}.tmp')  # no clash: the writer holds the folder's lock
     distributed.wait()
     if distributed.RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,8 +48,7 @@ def replace(path, write):
 
 
 def save(path, content):
-    """Writes a .pt by `torch.save`, a dict of arrays to .npz, a list to .jsonl, one line an item,
-    anything else as JSON."""
+    """Writes .pt by `torch.save`, .npz from a dict of arrays, .jsonl from a list, or else JSON."""
     path, buffer = pathlib.Path(path), io.BytesIO()
     if path.suffix == '.pt':
         torch.save(content, buffer)
@@ -86,8 +85,8 @@ def load(path):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Holds `folder`, created if missing, for this job, once no other job holds it. The lock is
-    released when its holder ends, even by SIGKILL."""
+    """Inside, this job alone holds `folder`, which is created if missing; waits while another one
+    does. The lock is released when its holder ends, even by SIGKILL."""
     if distributed.RANK > 0:  # the first process holds it
         distributed.wait()
         yield
@@ -109,28 +108,32 @@ def start(folder, config, defaults, device):
     """Begins the run in `folder`, or resumes it if it was begun with the same `config`; settings
     that are missing from its config.json take their `defaults`.
 
-    Returns the state in last.pt, None at the beginning. ValueError names the settings that differ
-    or the files that are missing.
+    Returns the state in last.pt or None. ValueError names settings that differ or missing files.
     """
-    path, last, epochs = folder / 'config.json', folder / 'last.pt', folder / 'log.jsonl'
-    begun, others = dict(config), {file.name for file in folder.iterdir() if file.name[0] != '.'}
-    if others - {path.name}:  # until an epoch is over, settings may still be corrected
+    path, last, log_file = folder / 'config.json', folder / 'last.pt', folder / 'log.jsonl'
+    begun = dict(config)
+    others = [file for file in folder.iterdir() if file != path and file.name[0] != '.']
+    if others:  # else no epoch is over, and settings may still be corrected
         if not path.exists():
             raise ValueError(f'{folder} holds files but no config.json; name another with --out')
         begun = defaults | load(path)
-    state = load(last) if last.exists() else None
-    log = state['log'] if state else load(epochs) if epochs.exists() else []
+    state, log = None, []
+    if last.exists():
+        state = load(last)
+        log = state['log']
+    elif log_file.exists():
+        log = load(log_file)
     changed = [name for name in config if begun[name] != config[name]]
     if changed:
         was, now = (data.show_settings(changed, settings) for settings in (begun, config))
         raise ValueError(f'{folder} was begun with {was}, not {now}; name a new one with --out')
     ends = itertools.accumulate(config['periods'])
     files = [file for file, end in zip(period_files(folder, config), ends) if end <= len(log)]
-    missing = [file.name for file in files if not file.exists()]
-    missing += ['last.pt'] * (0 < len(log) < config['epochs'] and not state)
+    if 0 < len(log) < config['epochs']:
+        files.append(last)
+    missing = ', '.join(file.name for file in files if not file.exists())
     if missing:
-        files = ', '.join(missing)
-        raise ValueError(f'{folder} has lost {files}: put it back, or delete all to start over')
+        raise ValueError(f'{folder} has lost {missing}: put it back, or delete all to start over')
     if len(log) < config['epochs']:
         add_provenance(begun, device)
         save(path, begun)
@@ -146,14 +149,14 @@ def load_config(folder):
 
 
 def period_files(folder, config):
-    """Where the model at the end of each period of a run lies: period1.pt, period2.pt, ..."""
+    """The path of the model at the end of each period of a run: period1.pt, period2.pt, ..."""
     return [pathlib.Path(folder) / f'period{i + 1}.pt' for i in range(len(config['periods']))]
 
 
 def finished(folder):
     """Whether all periods of the run in `folder` are over, and their models there."""
     files = period_files(folder, load_config(folder))
-    return all(file.exists() for file in files) and not (files[0].parent / 'last.pt').exists()
+    return all(file.exists() for file in files) and not files[0].with_name('last.pt').exists()
 
 
 class Diverged(Exception):
@@ -174,9 +177,8 @@ def find_runs(paths):
 
 
 def members(path):
-    """The checkpoints of the ensemble that `path` means: a checkpoint, or those of a run folder,
-    the model at the end of each period. Unfinished where a run is not finished, Diverged where it
-    will never be."""
+    """The checkpoints of the ensemble at `path`: of a run folder the model at the end of each
+    period, else `path` itself. Unfinished or Diverged for a run that is."""
     path = pathlib.Path(path)
     if not path.is_dir():
         return [path]
@@ -191,11 +193,12 @@ def members(path):
 def load_model(path, dataset=None):
     """The network in the checkpoint `path` and the settings of its run.
 
-    Outside of a run they are the paper's for the model and the dataset, of data.DATASETS the first
-    or `dataset`, whose shapes fit. ValueError, naming the file, where the parameters fit none.
+    Outside of a run they are the paper's for the first model and dataset (`dataset` if given) that
+    the shapes fit. ValueError, naming the file, where they fit none.
     """
-    state, in_run = load(path), (pathlib.Path(path).parent / 'config.json').exists()
-    config = load_config(pathlib.Path(path).parent) if in_run else None
+    state = load(path)
+    folder = pathlib.Path(path).parent
+    config = load_config(folder) if (folder / 'config.json').exists() else None
     try:
         config = config or recognize(state, [dataset] if dataset else data.DATASETS)
         if dataset not in (None, config['dataset']):
@@ -229,7 +232,7 @@ def digest(path):
 
 
 def add_provenance(result, device):
-    """Adds to result['provenance'] the commit, versions, device and date of this session."""
+    """Adds the commit, versions, device and date of this session to result['provenance']."""
     here = pathlib.Path(__file__).parent
     command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
     commit = subprocess.run(command, text=True, capture_output=True, cwd=here).stdout.strip()
