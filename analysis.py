@@ -1,5 +1,5 @@
-"""What the analyses of a run share: its network, its attack, its result, and its training images,
-neither shuffled nor augmented; they work in eval mode and in float32 without TF32."""
+"""What the analyses of a run share. Its training images are neither shuffled nor augmented, its
+network is in eval mode and in float32 without TF32."""
 
 import functools
 import hashlib
@@ -19,13 +19,14 @@ import record
 
 
 def load_run(path, args):
-    """The run or checkpoint `path` as the analyses need it, from their flags `args`.
+    """The run or checkpoint at `path` for the analyses with the flags `args`.
 
-    Returns model (the last one of a periodic run), x, y and index (the training images of the run,
-    or --n-examples of them), eps, pgd (the attack of training at eps, without model, x and y),
-    augment, folder (where results belong) and metadata, what results say of all this.
+    Returns model (that of the last period), x, y and index (the training images of the run, or
+    --n-examples of them), eps, pgd (the attack of training at eps, of model, x and y), augment,
+    folder (for results) and metadata (what each result says of all this).
     """
-    file, layout = record.members(path)[-1], fast.memory_format(args.device)
+    file = record.members(path)[-1]
+    layout = fast.memory_format(args.device)
     model, config = record.load_model(file, args.dataset)
     run = SimpleNamespace(path=path, model=model.to(args.device), folder=pathlib.Path(path))
     dataset, run.augment = config['dataset'], config['augment']
@@ -36,9 +37,9 @@ def load_run(path, args):
         raise ValueError(f'--n-examples {args.n_examples}: {path} was trained on {n_train} images')
     run.index = data.subset(len(x), args.n_examples or n_train)
     run.x, run.y = x[run.index].contiguous(memory_format=layout), y[run.index]
-    pgd, options = data.pgd_settings(config, run.eps), {'batch_size': args.batch_size}
-    pgd_of_all = distributed.shared(attack.pgd)
-    run.pgd = functools.partial(pgd_of_all, eps=run.eps, index=run.index, **pgd, **options)
+    pgd = data.pgd_settings(config, run.eps)
+    options = {'eps': run.eps, 'index': run.index, 'batch_size': args.batch_size}
+    run.pgd = functools.partial(distributed.shared(attack.pgd), **pgd, **options)
     digest = record.digest(file)
     if not run.folder.is_dir():
         run.folder = pathlib.Path('evals', f'checkpoint_{digest[:10]}')
@@ -48,7 +49,7 @@ def load_run(path, args):
 
 
 def add_flags(parser):
-    """The flags that say on which images, at which budget, and where to compute."""
+    """Adds the flags that all analyses share."""
     add = parser.add_argument
     add('--n-examples', type=cli.count, help='number of images, a fixed random subset; all')
     add('--eps', type=cli.budget, help="the run's; the paper's for a checkpoint outside of a run")
@@ -59,10 +60,10 @@ def add_flags(parser):
 
 
 def recompute_bn(run, **pgd):
-    """Gives run.model the BatchNorm statistics of adversarial examples, as training would: the
-    examples are made under the statistics of the clean images. Means over equal parts of some 250
-    images."""
-    model, n_parts = run.model, math.ceil(len(run.x) / 250)
+    """Gives run.model the BatchNorm statistics of adversarial examples, as in training. They are
+    means over batches of about 250 images; the examples are made with those of clean images."""
+    model = run.model
+    n_parts = math.ceil(len(run.x) / 250)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
         update_bn(run.x.tensor_split(n_parts), model)
         update_bn(run.pgd(model, run.x, run.y, **pgd).tensor_split(n_parts), model)
@@ -80,7 +81,7 @@ def unflat(vector, like):
 
 
 def output(run, stem, args, **tags):
-    """The path of what script `stem` computes; tags name what is not default."""
+    """The path of the result `stem` of a run: flags and tags that are not None are in its name."""
     tags |= {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}'}
     tags |= {'seed': args.seed or None}
     named = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
@@ -88,7 +89,7 @@ def output(run, stem, args, **tags):
 
 
 def resume(path, metadata, device):
-    """The result at `path` if of the same `metadata`, to be added to; else a new one."""
+    """The result at `path` if it has the same `metadata`, else a new one."""
     distributed.agree(f'{path} {metadata}')
     result = record.load(path) if path.exists() else dict(metadata)
     if any(result.get(key) != metadata[key] for key in metadata.keys() - {'checkpoint', 'members'}):
@@ -99,9 +100,9 @@ def resume(path, metadata, device):
 
 
 def eigenvectors(run, k):
-    """The top k eigenvectors of the run's Hessian, (k, dim), and a line on where they are from: of
-    hessian.py's results at this eps, converged ones preferred, then those of more images.
-    ValueError without any."""
+    """The top k eigenvectors of the run's Hessian, (k, dim), and their source as a string: of the
+    results of hessian.py at this eps a converged one, of the most images. ValueError without any.
+    """
     found = []
     for path in run.folder.glob('hessian*.json'):
         result = record.load(path)
@@ -116,6 +117,6 @@ def eigenvectors(run, k):
         )
     converged, n, path = max(found)
     vectors = record.load(path.with_suffix('.pt'))['vectors'][:k]
-    print(f'along eigenvectors of {path}, from {n} images{", not converged" * (not converged)}')
+    print(f'along eigenvectors of {path}, from {n} images, {"" if converged else "not "}converged')
     digest = hashlib.sha256(vectors.numpy().tobytes()).hexdigest()
     return vectors.to(run.x), f'{path.stem}, {n} images, {digest[:10]}'

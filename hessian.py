@@ -32,39 +32,39 @@ from eigen import density, power_iteration, top_eigenpairs, trace
 def hvp(model, x, y, v, batch_size=250):
     """H v, (dim,): H is the Hessian of the mean cross-entropy of `model`, in eval mode, on (x, y).
 
-    v, (dim,), follows model.parameters(). `batch_size` images are differentiated at a time, so that
-    memory does not depend on their number. The model is left as found.
+    v, (dim,), is in the order of model.parameters(). `batch_size` images are differentiated at a
+    time, so that memory does not depend on their number. The model is left as it was.
     """
     return Hessian(model, x, y, batch_size, keep=0)(v)
 
 
 class Hessian:
-    """The matrix of `hvp` for many products: hessian(v) is H v, with the same bits.
+    """`hvp` for many products: hessian(v) is H v, bit for bit.
 
-    A product differentiates the gradient, whose graph does not depend on v: graphs are kept for as
-    many batches as `keep` bytes hold, and a further product takes 3/5 of the time. Between products
-    the model, x and y must stay as they are.
+    A product differentiates the gradient, whose graph does not depend on v. Graphs are kept for as
+    many batches as fit into `keep` bytes, which saves 2/5 of the time of further products; the
+    model, x and y must not change between them.
     """
 
     def __init__(self, model, x, y, batch_size=250, keep=4 * 2**30):
         self.model, self.n = model, len(x)
-        self.graphs, self.room = {}, keep // distributed.SIZE
+        self.graphs = {}
+        self.room = keep // distributed.SIZE
         x, y = (tensor[distributed.own()] for tensor in (x, y))
         self.batches = list(zip(x.split(batch_size), y.split(batch_size)))
 
     def __call__(self, v):
         total = torch.zeros_like(v)
         for i, batch in enumerate(self.batches):
-            kept = i in self.graphs
-            gradient, theta, size = self.graphs[i] if kept else self.gradient(*batch)
-            if not kept and size <= self.room:
-                self.graphs[i], kept = (gradient, theta, size), True
+            gradient, theta, size = self.graphs.get(i) or self.gradient(*batch)
+            if i not in self.graphs and size <= self.room:
+                self.graphs[i] = gradient, theta, size
                 self.room -= size
             # of a parameter that the loss does not use, or is linear in, the gradient is constant
             pairs = [p for p in zip(gradient, analysis.unflat(v, theta)) if p[0].requires_grad]
             if pairs:
                 outputs, parts = zip(*pairs)
-                options = {'retain_graph': kept, 'materialize_grads': True}
+                options = {'retain_graph': i in self.graphs, 'materialize_grads': True}
                 total += analysis.flat(torch.autograd.grad(outputs, theta, parts, **options))
         distributed.total(total)
         if not total.isfinite().all():
@@ -86,7 +86,8 @@ class Hessian:
             loss = F.cross_entropy(logits, y, reduction='sum') / self.n
             theta = list(theta.values())
             gradient = torch.autograd.grad(loss, theta, create_graph=True, materialize_grads=True)
-        if any(tensor._version != version for tensor, version in versions):  # hooks hide this
+        # autograd does not check this where there are hooks
+        if any(tensor._version != version for tensor, version in versions):
             raise ValueError('the model changes in place what its gradient is computed from')
         return gradient, theta, sum(saved.values())
 
@@ -95,10 +96,8 @@ SOLVERS = {'lanczos': top_eigenpairs, 'power': power_iteration}
 
 
 def loss_normalizer(run, seed):
-    """L_eps of a network as PyTorch initialises it; the mean over seeds is the paper's normaliser.
-
-    It is measured on at most 500 of the images, with BatchNorm statistics of its own.
-    """
+    """L_eps of a freshly initialised network, on at most 500 of the images and with BatchNorm
+    statistics recomputed; the paper normalises by its mean over seeds."""
     rows = data.subset(len(run.x), min(len(run.x), 500))
     pgd = functools.partial(run.pgd, index=run.index[rows], seed=seed)
     s = SimpleNamespace(model=copy.deepcopy(run.model), x=run.x[rows], y=run.y[rows], pgd=pgd)
@@ -114,7 +113,7 @@ def loss_normalizer(run, seed):
 
 
 def analyze(run, args):
-    """Adds what is missing to the run's result, part by part, and prints it. Returns its path."""
+    """Computes the missing parts of the run's result, prints it and returns its path."""
     path = analysis.output(run, 'hessian', args, power='' if args.solver == 'power' else None)
     vectors_path = path.with_suffix('.pt')
     dim, like = sum(p.numel() for p in run.model.parameters()), run.x.new_zeros(())
@@ -127,7 +126,7 @@ def analyze(run, args):
         result = analysis.resume(path, run.metadata | {'dim': dim}, args.device)
 
         @functools.cache
-        def H():  # its adversarial examples are made once, and only if a part is missing
+        def H():  # made once, and only if a part is missing
             x_adv = run.pgd(fast.folded(run.model, run.x[:8]), run.x, run.y, seed=args.seed)
             loss, error = mean_loss(run.model, x_adv, run.y, args.batch_size)
             result.update(loss=loss, robust_error=error)
@@ -138,8 +137,9 @@ def analyze(run, args):
             return H()(v)
 
         if not has_pairs(result, args):
-            H()
-            began, options = time.monotonic(), {'tol': args.tol, 'max_products': args.max_products}
+            H()  # its time is not the solver's
+            began = time.monotonic()
+            options = {'tol': args.tol, 'max_products': args.max_products}
             solver = SOLVERS[args.solver]
             found = solver(matvec, dim, args.k, like=like, seed=args.seed, **options)
             values, residuals, converged = (found[i].tolist() for i in (0, 2, 3))
@@ -165,7 +165,7 @@ def analyze(run, args):
 
 
 def has_pairs(result, args):
-    """Whether the result holds the eigenpairs asked for, or more, or more exact ones."""
+    """Whether the result has the eigenpairs that are asked for, or more, or more exact ones."""
     eigen = result.get('eigen', {'k': 0})
     if eigen['k'] < args.k or eigen['tol'] > args.tol:
         return False
@@ -173,13 +173,14 @@ def has_pairs(result, args):
 
 
 def show(result):
-    """The result on the terminal."""
+    """Prints the result."""
     eigen, scale = result['eigen'], statistics.mean(result['random_losses'])
     table = pandas.DataFrame({key: eigen[key] for key in ('values', 'residuals', 'converged')})
     print(table.assign(normalized=table['values'] / scale).to_string(float_format='{:.4g}'.format))
     print(f'{eigen["products"]} products; L_eps {result["loss"]:.4g}, of random thetas {scale:.4g}')
-    if traces := result['traces']:
-        print(f'trace {statistics.mean(traces):.5g} +- {pandas.Series(traces).sem():.2g}')
+    if result['traces']:
+        traces = pandas.Series(result['traces'])
+        print(f'trace {traces.mean():.5g} +- {traces.sem():.2g}')
     if not table['converged'].all():
         print('pairs that have not converged are not eigenpairs; raise --max-products')
 
