@@ -1,6 +1,6 @@
 """How loss and adversarial examples change as the parameters move.
 
-A command writes RUN/<command>*.json; given again, it resumes. Eigenvectors are hessian.py's.
+Each command writes RUN/<command>*.json; given again, it resumes. Eigenvectors are hessian.py's.
 """
 
 import argparse
@@ -23,8 +23,7 @@ from classifier import mean_loss, predict
 
 
 def compute_missing(path, metadata, keys, compute, args):
-    """The result at `path` with a point {**key, **compute(**key)} for each of `keys`; those that it
-    holds already are not computed again."""
+    """The result at `path`, to which key | compute(**key) is added for each of `keys` it lacks."""
     result = analysis.resume(path, metadata, args.device)
     points = result.setdefault('points', [])
     missing = [key for key in keys if not any(key.items() <= old.items() for old in points)]
@@ -38,9 +37,10 @@ def compute_missing(path, metadata, keys, compute, args):
 
 
 def attacked(run, model, delta, seed):
-    """Adversarial examples, L_eps and robust error at theta + delta, (dim,), of `model`, the folded
-    run.model; theta is restored bit for bit."""
-    theta, parameters = analysis.flat(run.model.parameters()), list(run.model.parameters())
+    """Adversarial examples, L_eps and robust error of `model`, the folded run.model, at parameters
+    theta + delta, (dim,); theta is restored bit for bit."""
+    parameters = list(run.model.parameters())
+    theta = analysis.flat(parameters)
     try:
         vector_to_parameters(theta + delta, parameters)
         model.refold()
@@ -53,13 +53,14 @@ def attacked(run, model, delta, seed):
 def similarity(run, args):
     """Figure 4: PGD at theta + a v and at theta - a v, v the top eigenvector or a random one."""
     if not run.eps:
-        raise ValueError(f'{args.run}: at eps 0 nothing is perturbed; another with --eps')
+        raise ValueError(f'{args.run}: at eps 0 nothing is perturbed; name another --eps')
     (top,), source = analysis.eigenvectors(run, 1)
     directions = {'eigenvector': top, 'random': rng.unit_vector(len(top), top, args.seed, 4)}
     model = fast.folded(run.model, run.x[:8])
 
     def compute(direction, a):
-        cosines, errors, delta = [], [], a * directions[direction]
+        delta = a * directions[direction]
+        cosines, errors = [], []
         for i in range(4):
             seed = rng.fold_in(args.seed, i, 0)
             ends = [attacked(run, model, shift, seed) for shift in (delta, -delta)]
@@ -70,8 +71,7 @@ def similarity(run, args):
 
     path = analysis.output(run, 'similarity', args)
     keys = [{'direction': direction, 'a': a} for direction in directions for a in args.a]
-    metadata = run.metadata | {'eigenvectors': source}
-    result = compute_missing(path, metadata, keys, compute, args)
+    result = compute_missing(path, run.metadata | {'eigenvectors': source}, keys, compute, args)
     record.save(path, result | {'complete': True})
     print(pandas.DataFrame(result['points']).to_string(index=False))
     return path
@@ -89,16 +89,15 @@ def surface(run, args):
     path = analysis.output(run, 'surface', args)
     ticks = [args.radius * (2 * i / max(1, args.grid - 1) - 1) for i in range(args.grid)]
     keys = [{'a': a, 'b': b} for a in ticks for b in ticks]
-    metadata = run.metadata | {'eigenvectors': source}
-    result = compute_missing(path, metadata, keys, compute, args)
+    result = compute_missing(path, run.metadata | {'eigenvectors': source}, keys, compute, args)
     record.save(path, result | {'complete': True})
     print(pandas.DataFrame(result['points']).agg(['min', 'max']))
     return path
 
 
 def bezier(t, points):
-    """theta(t), (dim,), on the Bezier curve of `points`, (n, dim), and its weights of them, (n,)
-    (Garipov et al. 2018); a straight line if n = 2."""
+    """theta(t), (dim,), on the Bezier curve with control `points`, (n, dim), and their weights in
+    it, (n,) (Garipov et al. 2018); a straight line if n = 2."""
     n = len(points) - 1
     weights = [math.comb(n, i) * t**i * (1 - t) ** (n - i) for i in range(n + 1)]
     weights = points.new_tensor(weights)
@@ -106,20 +105,24 @@ def bezier(t, points):
 
 
 def train_curve(points, run, args, metadata, path):
-    """Trains points[1:-1] in place on the mean L_eps over t uniform in [0, 1], resuming from the
-    state at `path`. Returns the loss of each epoch."""
-    inner, parameters = points[1:-1], list(run.model.parameters())
-    tensors, losses = [inner, *run.model.buffers()], []
-    settings = metadata | {'checkpoint': None}  # where it lies does not matter
+    """Trains points[1:-1] in place to lower the mean L_eps over t uniform in [0, 1], resuming from
+    the state at `path`. Returns the loss of each epoch."""
+    inner = points[1:-1]
+    parameters = list(run.model.parameters())
+    tensors = [inner, *run.model.buffers()]
+    losses = []
+    settings = metadata | {'checkpoint': None}  # its path does not matter
     optimizer = torch.optim.SGD([inner], args.lr, momentum=0.9, weight_decay=1e-6)
-    if path.exists() and (state := record.load(path))['settings'] == settings:
+    state = record.load(path) if path.exists() else {'settings': None}
+    if state['settings'] == settings:
         losses = state['losses']
         for tensor, value in zip(tensors, state['tensors']):
             tensor.copy_(value)
         optimizer.load_state_dict(state['optimizer'])
     with cli.bar(' epochs', args.epochs, len(losses)) as bar:
         for epoch in range(len(losses), args.epochs):
-            generator, total = rng.generator(args.seed, epoch), 0.0
+            generator = rng.generator(args.seed, epoch)
+            total = 0.0
             optimizer.param_groups[0]['lr'] = schedule.lr_at(epoch / args.epochs, 'step', args.lr)
             batches = data.batches(run.x, run.y, args.train_batch_size, generator, run.augment)
             for i, (x, y) in enumerate(batches):
@@ -139,16 +142,16 @@ def train_curve(points, run, args, metadata, path):
 
 
 def connect(run, args):
-    """C.2.5: L_eps along a curve between two runs, trained to be low, and the straight line."""
-    _, other = ends = run, analysis.load_run(args.other, args)
+    """C.2.5: L_eps along a trained curve of low loss between two runs, and the straight line."""
+    other = analysis.load_run(args.other, args)
+    ends = run, other
     alike = [(e.metadata['dataset'], e.eps, [p.shape for p in e.model.parameters()]) for e in ends]
     if run.metadata['digest'] == other.metadata['digest'] or alike[0] != alike[1]:
         raise ValueError(f'{args.run}, {args.other}: no two networks of one shape, dataset and eps')
     path = analysis.output(run, f'connect_{other.folder.resolve().name}', args)
     metadata = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
-    metadata |= {
-        name: vars(args)[name] for name in ('n_control', 'epochs', 'lr', 'train_batch_size')
-    }
+    settings = 'n_control', 'epochs', 'lr', 'train_batch_size'
+    metadata |= {name: vars(args)[name] for name in settings}
     line = torch.stack([analysis.flat(end.model.parameters()) for end in ends])
     share = torch.arange(args.n_control).to(line)[:, None] / (args.n_control - 1)
     curves = {'line': line, 'bezier': (1 - share) * line[0] + share * line[1]}
@@ -174,9 +177,8 @@ def connect(run, args):
 
 
 def dead_units(model, x, batch_size=250):
-    """The model's classes of x, and which units of each ReLU, (units,) bool, no image activates:
-    channels anywhere, or neurons. Each ReLU is named after the last
-    layer with parameters before it."""
+    """The model's predictions on x, and which units of each ReLU (channels or neurons) no image
+    activates, (units,) bool. A ReLU is named after the last layer with parameters before it."""
     names = {p: name.rpartition('.')[0] or 'input' for name, p in model.named_parameters()}
     active, last = {}, 'input'
 
@@ -190,7 +192,7 @@ def dead_units(model, x, batch_size=250):
             if function.__name__ in ('relu', 'relu_'):
                 units = (output > 0).transpose(0, 1).flatten(1).any(1)
                 active[last] = active.get(last, False) | units
-                last += "'"  # of another ReLU before the next parameters
+                last += "'"  # names another ReLU before the next parameters
             return output
 
     with Watch():
@@ -204,10 +206,11 @@ def dead(run, args):
     classes, units = dead_units(run.model, run.x, args.batch_size)
     rows = [(layer, len(gone), gone.sum().item()) for layer, gone in units.items()]
     layers = pandas.DataFrame(rows, columns=['layer', 'units', 'dead'])
-    layers['share'], layers['all'] = layers.dead / layers.units, layers.dead == layers.units
+    layers['share'] = layers.dead / layers.units
+    layers['all'] = layers.dead == layers.units
     n_classes = len(classes.unique())
-    result = run.metadata | {'layers': layers.to_dict('records'), 'predicted_classes': n_classes}
-    result['complete'] = True
+    result = run.metadata | {'predicted_classes': n_classes, 'complete': True}
+    result['layers'] = layers.to_dict('records')
     record.add_provenance(result, args.device)
     record.save(path, result)
     print(f'{args.run} predicts {n_classes} class(es)', layers.to_string(index=False), sep='\n')
@@ -225,15 +228,15 @@ def main(argv=None):
         analysis.add_flags(sub)
         return sub.add_argument
 
-    add, a = command(similarity), [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]
-    add('--a', type=float, nargs='+', default=a, help='displacements along the unit vector v')
+    add = command(similarity)
+    add('--a', type=float, nargs='+', default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0], help='along v')
     add = command(surface)
     add('--grid', type=cli.count, default=21, help='points a side')
     add('--radius', type=float, default=0.5, help='largest displacement')
     add = command(connect)
-    add('other', help='the other end: likewise')
-    add('--n-control', type=cli.count, default=5, help='of the Bezier curve, with the two ends')
-    add('--epochs', type=cli.count, default=200, help='of its training')
+    add('other', help='the other end of the curve, a run folder or checkpoint')
+    add('--n-control', type=cli.count, default=5, help='control points, with the two ends')
+    add('--epochs', type=cli.count, default=200, help='of training the curve')
     add('--lr', type=float, default=0.1, help='of SGD, divided by 10 at half and at three quarters')
     add('--train-batch-size', type=cli.count, default=128, help='images a step')
     add('--points', type=cli.count, default=21, help='measured along a path')

@@ -1,7 +1,4 @@
-"""Section 3 in numbers: Proposition 1 and Theorem 1 on linear models, Theorem 2, Figure 1.
-
-Needs no GPU and no run; writes evals/theory.json.
-"""
+"""Section 3 in numbers: Proposition 1, Theorems 1 and 2, and Figure 1, into evals/theory.json."""
 
 import argparse
 import math
@@ -15,45 +12,48 @@ import rng
 
 
 def version_space_eps(x, y, W):
-    """The largest eps at which W, (K, m), is in V_eps of (x, y), or -inf (Proposition 1): robust is
-    (w_i - w_y) x + eps ||w_i - w_y||_1 <= 0 for all i, on the l_inf ball without a pixel box."""
+    """The largest eps at which W, (K, m), is in V_eps of (x, y), or -inf (Proposition 1), where
+    (w_i - w_y) x + eps ||w_i - w_y||_1 <= 0 for all i. The l_inf ball is not cut to [0, 1]."""
     difference = torch.cat([W[:y], W[y + 1 :]]) - W[y]
     slack = -(difference @ x)
-    return (slack / difference.abs().sum(1)).min().item() if (slack >= 0).all() else -math.inf
+    if (slack < 0).any():
+        return -math.inf
+    return (slack / difference.abs().sum(1)).min().item()
 
 
 def constant_eps(x, y, W):
-    """The smallest eps at which W, (K, m), is in T_eps of (x, y) (Theorem 1): g_eps is convex along
-    gamma W and falls on neither side of 0 if |v x| <= eps ||v||_1 with v = sum_j (w_j - w_y). Hence
+    """The smallest eps at which W, (K, m), is in T_eps of (x, y) (Theorem 1). g_eps is convex along
+    gamma W, with its minimum at 0 if |v x| <= eps ||v||_1 where v = sum_j (w_j - w_y). Hence
     eps >= ||x||_inf suffices for all W."""
     v = W.sum(0) - len(W) * W[y]
     return ((v @ x).abs() / v.abs().sum()).item()
 
 
 def corners(x, eps):
-    """The corners of the l_inf ball around x, (m,): (2^m, m). What is convex is largest there."""
+    """The corners of the l_inf ball around x, (m,), at which convex functions peak: (2^m, m)."""
     return x + eps * torch.cartesian_prod(*torch.tensor([[-1.0, 1.0]] * len(x))).to(x)
 
 
 def proposition_1(x, y, draws):
-    """The share of the models `draws` whose verdict over the whole ball around x, (m,), is as
-    version_space_eps says: all of it is classified as y just below, and not just above."""
+    """The share of the models `draws` that version_space_eps is right about: the whole ball around
+    x, (m,), is classified as y just below that eps, and not just above."""
 
     def robust(W, eps):
         return bool((corners(x, eps) @ (W - W[y]).T <= 0).all())
 
-    largest = [version_space_eps(x, y, W) for W in draws]
-    agree = [
-        robust(W, 0.99 * eps) and not robust(W, 1.01 * eps) if eps > 0 else not robust(W, 0)
-        for W, eps in zip(draws, largest)
-    ]
-    return sum(agree) / len(agree)
+    def agrees(W):
+        eps = version_space_eps(x, y, W)
+        if eps <= 0:
+            return not robust(W, 0)
+        return robust(W, 0.99 * eps) and not robust(W, 1.01 * eps)
+
+    return sum(map(agrees, draws)) / len(draws)
 
 
 def theorem_1(x, y, draws):
-    """The loss over the whole ball around x, (m,): what the best gamma W gains over 0 at
-    ||x||_inf, 1.5 ||x||_inf or just above constant_eps(W), at most 0 if the theorem holds; and just
-    below constant_eps(W), above 0 if no smaller eps would do."""
+    """What the best of gamma W gains over 0 in the loss over the whole ball around x, (m,): the
+    most at ||x||_inf, 1.5 ||x||_inf and just above constant_eps(W), at most 0 if the theorem holds;
+    and the least just below constant_eps(W), above 0 if no smaller eps suffices."""
     gammas = [sign * 10.0**i for i in range(-8, 1) for sign in (-1, 1)]
 
     def gain(W, eps):
@@ -61,23 +61,25 @@ def theorem_1(x, y, draws):
         # expm1 and log1p keep the digits of small gammas
         return -min(torch.log1p(torch.expm1(g * margins).mean(1)).max().item() for g in gammas)
 
-    norm, needed = x.abs().max().item(), [constant_eps(x, y, W) for W in draws]
-    above = [gain(W, e) for W, own in zip(draws, needed) for e in (norm, 1.5 * norm, 1.01 * own)]
-    below = [gain(W, 0.99 * own) for W, own in zip(draws, needed)]
+    norm = x.abs().max().item()
+    above, below = [], []
+    for W in draws:
+        needed = constant_eps(x, y, W)
+        above += [gain(W, eps) for eps in (norm, 1.5 * norm, 1.01 * needed)]
+        below.append(gain(W, 0.99 * needed))
     return {'largest_violation': max(above), 'smallest_improvement': min(below)}
 
 
 def adversarial_log_loss(theta, z, eps):
-    """g_eps = max log(1 + exp(theta z')) over |z' - z| <= eps, and its slope in theta, at 0 that of
-    theta > 0 (Figure 1: z = 1)."""
+    """g_eps = max log(1 + exp(theta z')) for |z' - z| <= eps, and its right derivative in theta."""
     worst = z + eps * torch.where(theta < 0, -1.0, 1.0)
     return F.softplus(theta * worst), torch.sigmoid(theta * worst) * worst
 
 
 def theorem_2(eps, gammas, seed, n=100, n_runs=20, n_steps=10000):
     """For each gamma the share of SGD's iterates with |gradient of L_eps| > gamma eps L_theta_x and
-    its bound (Eq. 4), in logistic regression on Gaussian z: L_theta_theta is max |z'|^2 / 4,
-    L_theta_x max_u |sigmoid(u) + u sigmoid'(u)|, a step 1 / (L_theta_theta sqrt(n_steps))."""
+    its bound (Eq. 4), in logistic regression on Gaussian z. L_theta_theta is max |z'|^2 / 4,
+    L_theta_x max_u |sigmoid(u) + u sigmoid'(u)|, the step 1 / (L_theta_theta sqrt(n_steps))."""
     generator = rng.generator(seed, 7)
     z = 0.5 + torch.randn(n, generator=generator, dtype=torch.float64)
     u = torch.linspace(0, 10, 100001, dtype=torch.float64)
@@ -88,9 +90,11 @@ def theorem_2(eps, gammas, seed, n=100, n_runs=20, n_steps=10000):
     for norm, drawn in zip(norms, torch.randint(n, (n_steps, n_runs), generator=generator)):
         norm[:] = adversarial_log_loss(theta[:, None], z, eps)[1].mean(1).abs()
         theta = theta - step * adversarial_log_loss(theta, z[drawn], eps)[1]
-    shares = [(norms > gamma * eps * mixed).double().mean().item() for gamma in gammas]
-    bounds = [4 / (gamma**2 - 2 * gamma + 4) for gamma in gammas]
-    return [dict(zip(('gamma', 'share', 'bound'), row)) for row in zip(gammas, shares, bounds)]
+    points = []
+    for gamma in gammas:
+        share = (norms > gamma * eps * mixed).double().mean().item()
+        points.append({'gamma': gamma, 'share': share, 'bound': 4 / (gamma**2 - 2 * gamma + 4)})
+    return points
 
 
 def main(argv=None):
@@ -98,9 +102,10 @@ def main(argv=None):
     parser.add_argument('--draws', type=cli.count, default=1000, help='linear models')
     parser.add_argument('--seed', type=int, default=0, help='of all random numbers')
     args = parser.parse_args(argv)
-    source, (m, k) = rng.generator(args.seed, 8), (10, 3)  # 2^m corners
-    x = torch.rand(m, generator=source).double()
-    draws = [torch.randn(k, m, generator=source).double() for _ in range(args.draws)]
+    m, k = 10, 3  # 2^m corners
+    generator = rng.generator(args.seed, 8)
+    x = torch.rand(m, generator=generator).double()
+    draws = [torch.randn(k, m, generator=generator).double() for _ in range(args.draws)]
     result = {'seed': args.seed, 'case': f'm = {m}, K = {k}', 'draws': args.draws}
     result |= {'proposition_1': proposition_1(x, 0, draws), 'theorem_1': theorem_1(x, 0, draws)}
     print(f'Proposition 1 is right about {result["proposition_1"]:.1%} of {args.draws} models')
