@@ -1,6 +1,6 @@
 """The claims of the paper: what was measured, its interval over seeds, and a verdict.
 
-A finding is a tuple of FIELDS: one claim at one place, at the paper's size (full) or not.
+A finding is a tuple of FIELDS: on one claim in one experiment, at the paper's size (full) or not.
 """
 
 import itertools
@@ -18,15 +18,16 @@ entirely above 0, does not hold if it is entirely below, and is inconclusive oth
 no interval: all seeds of at least 3 must agree. *Baseline untrained*: what the claim compares with
 is a constant classifier. A dash: not measured."""
 
-# the columns of Table 1, with what else is known of them than the attack of training
+# the columns of Table 1, with the settings of each attack that are not those of training
 APGD = {'n_iter': 100, 'n_restarts': 5}
 ATTACKS = {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': APGD, 'apgd100_dlr': APGD}
 ATTACKS |= {'square5k': {'n_queries': 5000}}
+# a setting, its baseline, what is compared with it, and by which error
 COMPARED = [
     ('eps_sched', 'constant', s, k) for s in ('linear', 'cosine') for k in ('clean', 'robust')
 ]
 COMPARED += [('periodic', 'no', 'yes', 'robust'), ('model', 'vgg', 'resnet18', 'robust')]
-FIELDS = ['claim', 'full', 'place', 'verdict', 'ours', 'n']
+FIELDS = ['claim', 'full', 'experiment', 'verdict', 'ours', 'n']
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
 TITLES = [attack.title(key) for key in ATTACKS]
 NAMES = [*ROW, 'clean', *TITLES]
@@ -34,7 +35,7 @@ PAPER = pd.read_csv(
     pathlib.Path(__file__).with_name('table1.txt'), sep=r'\s+', names=NAMES, index_col=ROW
 )
 
-# a claim, turned so that its value is above 0, and where the paper makes it
+# a claim, with the unit of a value that is above 0 if it holds, and where the paper makes it
 CLAIMS = {
     'linear clean': ('A linear eps beats a constant one: points of clean error', 'Table 1'),
     'linear robust': ('A linear eps beats a constant one: points of robust error', 'Table 1'),
@@ -60,25 +61,31 @@ CLAIMS = {
 }
 
 
-def finding(claim, full, place, values, unit='seed', untrained=0, count=False):
-    """What independent `values`, one a `unit`, say of a claim at a place, as a tuple of FIELDS; for
-    `untrained` of them the baseline is a constant classifier. A `count` has no interval."""
-    n, mean, holds, fails = len(values), np.mean(values), False, False
-    ours = ', '.join(f'{value:g}' for value in values) if count else f'{mean:.3g}'
+def finding(claim, full, experiment, values, unit='seed', untrained=0, count=False):
+    """A tuple of FIELDS on a claim, from independent `values`, one for each `unit`; the baseline of
+    `untrained` of them is a constant classifier. A `count` has no interval."""
+    n, low, high = len(values), -np.inf, np.inf
+    ours = ', '.join(f'{value:g}' for value in values) if count else f'{np.mean(values):.3g}'
     if count and n >= 3:
-        holds, fails = min(values) > 0, max(values) <= 0
+        low, high = min(values), max(values)
     elif not count and n >= 2 and np.ptp(values):  # equal values would give an interval of width 0
-        low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
-        holds, fails, ours = low > 0, high < 0, f'{ours} ({low:.3g} to {high:.3g})'
-    verdict = 'holds' if holds else 'does not hold' if fails else 'inconclusive'
+        low, high = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values))
+        ours += f' ({low:.3g} to {high:.3g})'
+    verdict = 'inconclusive'
     if untrained:
-        verdict, place = 'baseline untrained', place + f', {untrained} of {n}' * (untrained < n)
-    return claim, full, place, verdict, ours, f'{n} {unit}{"s" * (n != 1)}'
+        verdict = 'baseline untrained'
+        experiment += '' if untrained == n else f', {untrained} of {n}'
+    elif low > 0:
+        verdict = 'holds'
+    elif high <= 0:
+        verdict = 'does not hold'
+    return claim, full, experiment, verdict, ours, f'{n} {unit}' if n == 1 else f'{n} {unit}s'
 
 
 def of_table(frame, settings):
-    """Table 1. frame: a row an evaluation, with `settings`, clean and TITLES, seed, full, place,
-    constant and periodic; two are compared that differ in nothing else."""
+    """Findings on Table 1. frame: a row for each evaluation, with `settings`, clean and TITLES,
+    seed, full, experiment, constant and periodic. Those that differ in nothing else are compared.
+    """
     frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
     frame = frame.dropna(subset='robust')
     for column, baseline, other, kind in COMPARED:
@@ -88,24 +95,27 @@ def of_table(frame, settings):
         before = before.drop_duplicates([*same, 'seed'])
         pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
         for _, rows in pairs.groupby([*same, tied], sort=False, dropna=False):
-            row, less = rows.iloc[0], rows[f'{kind} before'] - rows[kind]
-            stuck = int(rows['constant before'].sum())
+            row = rows.iloc[0]
             full = row['full'] and row['full before']
-            more = [] if full else [f'eps {row["eps"]}']
-            more += [f'{row["eps_sched"]} eps'] * (column != 'eps_sched')
-            more += ['periodic'] * (row['periodic'] == 'yes' and column != 'periodic')
-            place = row['place'] + f' ({", ".join(more)})' * bool(more)
-            yield finding(f'{other} {kind}', full, place, less, untrained=stuck)
+            notes = [] if full else [f'eps {row["eps"]}']
+            if column != 'eps_sched':
+                notes.append(f'{row["eps_sched"]} eps')
+            if column != 'periodic' and row['periodic'] == 'yes':
+                notes.append('periodic')
+            experiment = row['experiment'] + (f' ({", ".join(notes)})' if notes else '')
+            gain = rows[f'{kind} before'] - rows[kind]
+            stuck = int(rows['constant before'].sum())
+            yield finding(f'{other} {kind}', full, experiment, gain, untrained=stuck)
 
 
 def measures(run):
-    """What tables and claims say of one run, name -> value."""
-    config, found = run.config, {'constant': float(run.constant)}
-    found['kind'] = f'{config["eps_sched"]} eps'
+    """The measurements of a run that studies compare, name -> value."""
+    config = run.config
+    kind = f'{config["eps_sched"]} eps'
     if config['lr_warmup']:
-        kind = f'lr warm-up {config["lr_warmup"]:g}'
-        constant = config['eps_sched'] == 'constant'
-        found['kind'] = kind if constant else f'{kind}, {found["kind"]}'
+        warm_up = f'lr warm-up {config["lr_warmup"]:g}'
+        kind = warm_up if kind == 'constant eps' else f'{warm_up}, {kind}'
+    found = {'constant': float(run.constant), 'kind': kind}
     if run.trace:
         n, rows = run.trace['n'], pd.DataFrame(run.trace['rows'])
         first, tenth = rows[:n], max(1, n // 10)
@@ -118,7 +128,7 @@ def measures(run):
     if run.hessian:
         eigen, scale = run.hessian['eigen'], np.mean(run.hessian['random_losses'])
         top = eigen['values'][0] if eigen['converged'][0] else np.nan
-        found['normalised'] = decades(top / scale)  # a saddle is no minimum
+        found['normalised'] = decades(top / scale)  # nan if negative: at a saddle
     if run.similarity:
         points = pd.DataFrame(run.similarity['points'])
         away, here = (points.query(a).groupby('direction').mean() for a in ('a > 0', 'a == 0'))
@@ -129,24 +139,26 @@ def measures(run):
     if run.dead:
         found['layers dead'] = sum(layer['all'] for layer in run.dead['layers'])
         found |= {f'dead {layer["layer"]}': layer['share'] for layer in run.dead['layers']}
-    # a diverged run errs always
-    found['pgd'] = run.pgd['error'] if run.pgd else 1.0 if run.diverged else np.nan
+    found['pgd'] = 1.0 if run.diverged else np.nan  # a diverged run is always wrong
+    if run.pgd:
+        found['pgd'] = run.pgd['error']
     return found
 
 
 def decades(value):
-    """log10, nan of what is not above 0."""
+    """log10, or nan for values that are not above 0."""
     return np.log10(value) if value > 0 else np.nan
 
 
-def place(config, full):
-    """Where a claim is tested: dataset and model, and the width of what is not the paper's."""
-    return f'{config["dataset"]} {config["model"]}' + f' of width {config["width"]}' * (not full)
+def experiment(config, full):
+    """Dataset and model of a run as a string, with the width if it is not at the paper's size."""
+    text = f'{config["dataset"]} {config["model"]}'
+    return text if full else f'{text} of width {config["width"]}'
 
 
 def by_seed(frame, column, value):
-    """The numbers `value` as a frame: a row per seed, a column per value of `column` that
-    all seeds have; if fewer than two are shared, of the seeds with the most values alone."""
+    """The numbers `value` as a frame: a row per seed, a column per value of `column` that all seeds
+    have. If they share fewer than two, only the seeds with the most are taken."""
     rows = frame.reindex(columns=['seed', column, value]).dropna()
     table = rows.pivot(index='seed', columns=column, values=value)
     n = table.count(axis=1)
@@ -155,7 +167,7 @@ def by_seed(frame, column, value):
 
 
 def of_budget(study):
-    """Section 4, under a constant eps. A constant classifier has reached no minimum."""
+    """Findings on Section 4, under a constant eps. A constant classifier is at no minimum."""
     frame = study.frame[study.frame['eps_sched'] == 'constant']
     trained = frame[frame['constant'] == 0]
     for claim, analysis, rows, name, sign in (
@@ -169,21 +181,22 @@ def of_budget(study):
     ):
         table = by_seed(rows, 'eps', name)
         if table.shape[1] > 1:
-            place = f'{study.place} to eps {data.show_eps(table.columns[-1], study.dataset)}'
+            largest = data.show_eps(table.columns[-1], study.dataset)
             rise = sign * (table.iloc[:, -1] - table.iloc[:, 0])
             unit = 'pair' if claim == 'connected' else 'seed'
-            yield finding(claim, study.full[analysis], place, rise, unit)
+            where = f'{study.experiment} to eps {largest}'
+            yield finding(claim, study.full[analysis], where, rise, unit)
     for claim, name, sign in ('similar', 'cosine', -1), ('steeper', 'rise', 1):
         along, random = (
             trained.get(f'{name}, {direction}', np.nan) for direction in ('eigenvector', 'random')
         )
         table = by_seed(trained.assign(more=sign * (along - random)), 'eps', 'more')
         if table.size:
-            yield finding(claim, study.full['similarity'], study.place, table.mean(axis=1))
+            yield finding(claim, study.full['similarity'], study.experiment, table.mean(axis=1))
 
 
 def of_rate(study, usable=0.5):
-    """Figure 5 and C.2.3, at the seeds and learning rates that both ways to warm up have."""
+    """Findings on Figure 5 and C.2.3, at the seeds and learning rates that both schedules have."""
     kinds = dict(list(study.frame.groupby('kind')))
     for name, other in itertools.product(kinds, ('linear eps', 'cosine eps')):
         warm_up = name.startswith('lr warm-up') and ',' not in name
@@ -193,48 +206,45 @@ def of_rate(study, usable=0.5):
             more = 100 * (a - b).mean(axis=1)
             if not warm_up:
                 more = (b < usable).sum(axis=1) - (a < usable).sum(axis=1)
-            place = f'{study.place} ({other}, rates: {a.shape[1]})'
+            claim = 'warm-up' if warm_up else 'rates'
+            where = f'{study.experiment} ({other}, rates: {a.shape[1]})'
             stuck = len(a) if kinds[name]['constant'].all() else 0
-            claim, full = 'warm-up' if warm_up else 'rates', study.full['pgd']
             if a.size:
-                yield finding(claim, full, place, more, untrained=stuck, count=not warm_up)
+                full, count = study.full['pgd'], not warm_up
+                yield finding(claim, full, where, more, untrained=stuck, count=count)
 
 
 def of_width(study):
-    """C.2.4, at the largest eps."""
+    """Findings on C.2.4, at the largest eps."""
     frame = study.frame[study.frame['eps'] == study.frame['eps'].max()]
     dead = (by_seed(frame, 'width', 'layers dead') > 0).astype(int)
     if dead.shape[1] > 1:
         more = dead.iloc[:, 0] - dead.iloc[:, -1]
-        yield finding('dead', study.full['dead'], study.place, more, count=True)
+        yield finding('dead', study.full['dead'], study.experiment, more, count=True)
 
 
 def of_theory(theory):
-    """Section 3, of which all cases must hold: there is no sample."""
+    """Findings on Section 3, which must hold in all cases."""
     if theory:
         gain, share = theory['theorem_1'], theory['proposition_1']
         points = [point for case in theory['theorem_2'] for point in case['points']]
         most = max(point['share'] / point['bound'] for point in points)
-        models, cases = f'{theory["draws"]} models', f'{len(points)} cases'
-        for claim, place, holds, ours, n in (
-            ('proposition 1', theory['case'], share == 1, f'so for {share:.1%}', models),
-            (
-                'theorem 1',
-                theory['case'],
-                gain['largest_violation'] <= 0 < gain['smallest_improvement'],
-                f'the best multiple gains {gain["largest_violation"]:.2g}',
-                models,
-            ),
+        case, models, cases = theory['case'], f'{theory["draws"]} models', f'{len(points)} cases'
+        best = gain['largest_violation']
+        optimal = best <= 0 < gain['smallest_improvement']
+        for claim, experiment, holds, ours, n in (
+            ('proposition 1', case, share == 1, f'so for {share:.1%}', models),
+            ('theorem 1', case, optimal, f'the best multiple gains {best:.2g}', models),
             ('theorem 2', 'logistic regression', most < 1, f'at most {most:.0%} of it', cases),
         ):
-            yield claim, True, place, 'holds' if holds else 'does not hold', ours, n
+            yield claim, True, experiment, 'holds' if holds else 'does not hold', ours, n
 
 
 def table(findings):
-    """The table of claims.md, a row a claim."""
+    """The table of claims.md, with a row for each claim."""
     paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
-    paper['place'], paper['seed'] = paper['dataset'] + ' ' + paper['model'], 0
-    paper = paper.assign(full=True, constant=0, eps_max='', periods=paper['periodic'])
+    paper['experiment'] = paper['dataset'] + ' ' + paper['model']
+    paper = paper.assign(seed=0, full=True, constant=0, eps_max='', periods=paper['periodic'])
     papers = pd.DataFrame(of_table(paper, ROW), columns=FIELDS)
     findings = pd.DataFrame(findings, columns=FIELDS)
     rows = []
@@ -242,9 +252,9 @@ def table(findings):
         ours, theirs = (frame[frame['claim'] == claim] for frame in (findings, papers))
         row = {'claim': sentence}
         for full, heading in (True, "at the paper's size"), (False, 'smaller runs'):
-            groups = ours[ours['full'] == full].groupby('verdict', sort=False)['place']
+            groups = ours[ours['full'] == full].groupby('verdict', sort=False)['experiment']
             row[heading] = '; '.join(f'{verdict}: {", ".join(own)}' for verdict, own in groups)
-        row['ours (95 % interval)'] = '; '.join(ours['place'] + ': ' + ours['ours'])
-        row["the paper's"] = '; '.join(theirs['place'] + ': ' + theirs['ours']) or where
+        row['ours (95 % interval)'] = '; '.join(ours['experiment'] + ': ' + ours['ours'])
+        row["the paper's"] = '; '.join(theirs['experiment'] + ': ' + theirs['ours']) or where
         rows.append(row | {'n': ' or '.join(ours['n'].unique())})
     return pd.DataFrame(rows).replace('', '—')

@@ -1,10 +1,9 @@
 """The figures of the paper, from the runs of a study (see `pictures`).
 
-Three seeds or more are a mean in a band of one deviation (on a logarithmic axis, of the logarithm),
-two are two curves. No pyplot, and a style of its own: a user's matplotlibrc changes nothing.
+Three seeds or more are a mean in a band of one standard deviation (of the logarithm on a log axis),
+fewer are a curve each. A user's matplotlibrc has no effect.
 """
 
-import itertools
 import operator
 import textwrap
 from functools import partial
@@ -24,37 +23,36 @@ LOSS, NORM = r'$L_\epsilon$', 'norm of the stochastic gradient'
 
 
 def draw(studies, theory, out):
-    """Draws what the studies and theory.json suffice for; {picture: what it shows}."""
+    """Draws all figures that the studies and theory.json suffice for; {file: what it shows}."""
     shown = {}
 
     def save(figure, stem, sentence, about):
         while f'{stem}.png' in shown:  # of another study
             stem += '_2'
         shown[f'{stem}.png'] = f'{sentence} {about}.'
-        if named := figure.axes[0].get_legend_handles_labels()[0]:
-            figure.legend(handles=named, loc='outside right center')
+        handles = figure.axes[0].get_legend_handles_labels()[0]
+        if handles:
+            figure.legend(handles=handles, loc='outside right center')
         figure.suptitle(textwrap.fill(about, int(9 * figure.get_figwidth())), fontsize=10)
         record.replace(out / f'{stem}.png', lambda file: figure.savefig(file, format='png'))
 
     with matplotlib.style.context(['default', STYLE]):
         for study in studies:
-            config = study.runs[-1].config
-            keys = [
-                key for key in ('dataset', 'model', 'eps_sched') if study.frame[key].nunique() < 2
-            ]
-            of = '_'.join(config[key] for key in keys)
+            common = study.frame[['dataset', 'model', 'eps_sched']]
+            common = '_'.join(common.iloc[0][common.nunique() < 2])
             for name, seen, groups, panels in pictures(study):
                 if groups:
                     figure = planes(groups) if name == 'fig12' else curves(groups, panels)
-                    number = name if name != 'fig2' or config['dataset'] == 'cifar10' else 'fig8'
-                    save(figure, f'{number}_{of}', seen, title(study.runs))
+                    if name == 'fig2' and study.dataset != 'cifar10':
+                        name = 'fig8'
+                    save(figure, f'{name}_{common}', seen, title(study.runs))
         if theory:
             save(figure_1(theory), 'fig1', figure_1.__doc__, 'Figure 1')
     return shown
 
 
 def title(runs):
-    """What all `runs` have in common, in a line."""
+    """The settings that all `runs` share, as a line."""
     shared = {k: v for k, v in runs[0].config.items() if all(r.config[k] == v for r in runs)}
     formats = {'model': '{}', 'width': 'width {}', 'n_train': '{} images', 'dataset': '{}'}
     formats |= {'epochs': '{} epochs', 'optimizer': '{}', 'lr': 'lr {:g}', 'eps_sched': '{} eps'}
@@ -63,13 +61,16 @@ def title(runs):
 
 def by_eps(runs, name):
     """[(label, colour, runs)] for each eps at which runs have the result `name`."""
-    budgets, groups = sorted({run.config['eps'] for run in runs}), []
+    budgets = sorted({run.config['eps'] for run in runs})
+    groups = []
     for i, eps in enumerate(budgets):
         own = [run for run in runs if run.config['eps'] == eps and getattr(run, name)]
         constant = sum(run.constant for run in own)
         label = f'eps {data.show_eps(eps, runs[0].config["dataset"])}'
-        label += f'\n({constant} of {len(own)} constant)' * bool(constant)
-        groups += [(label, colormaps['viridis'](0.9 * i / len(budgets)), own)] * bool(own)
+        if constant:
+            label += f'\n({constant} of {len(own)} constant)'
+        if own:
+            groups.append((label, colormaps['viridis'](0.9 * i / len(budgets)), own))
     return groups
 
 
@@ -82,37 +83,36 @@ def by_seed(frame, group, x, *needed):
 
 
 def curves(groups, panels):
-    """A figure of the curves of `groups`, (label, colour, runs).
+    """A figure with the curves of `groups`, (label, colour, runs), in each panel.
 
-    panels: x label, y label, y scale, and functions of a run that give a Series over x; the second
-    is drawn dashed.
+    A panel: x label, y label, y scale and functions, run -> Series over x, the second dashed.
     """
     figure = Figure(figsize=(3.6 * len(panels) + 1.8, 3.4))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (xlabel, ylabel, yscale, *lines) in zip(axes, panels):
         ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
         ax.set_xscale('log' if xlabel in ('learning rate', 'width') else 'linear')
-        for (i, line), (j, (label, color, runs)) in itertools.product(
-            enumerate(lines), enumerate(groups)
-        ):
-            label += f', n = {len(runs)}'
-            table = pd.concat(map(line, runs), axis=1).sort_index()
-            look = {'color': color, 'ls': '-' if i == 0 else '--', 'label': label + ', dashed' * i}
-            look |= {'marker': 'o', 'ms': 3} if len(table) < 25 else {}
-            if xlabel == 'width':  # equal values are rings around each other
-                look['ms'] = 3 + 3 * (len(groups) - j)
-                ax.set_xticks(table.index, table.index)
-                ax.minorticks_off()
-            if len(runs) < 3:
-                for _, series in table.items():
-                    ax.plot(series.dropna(), **look)
-                    look['label'] = None  # the legend has it already
-            else:
-                values, back = (np.log(table), np.exp) if yscale == 'log' else (table, np.array)
-                mean, half = values.mean(axis=1), values.std(axis=1)
-                ax.plot(table.index, back(mean), **look)
-                ends = back(mean - half), back(mean + half)
-                ax.fill_between(table.index, *ends, color=color, alpha=0.2, lw=0)
+        for style, line in zip(('-', '--'), lines):
+            for i, (label, color, runs) in enumerate(groups):
+                label += f', n = {len(runs)}' + (', dashed' if style == '--' else '')
+                table = pd.concat(map(line, runs), axis=1).sort_index()
+                look = {'color': color, 'ls': style, 'label': label}
+                if len(table) < 25:
+                    look |= {'marker': 'o', 'ms': 3}
+                if xlabel == 'width':  # equal values are rings around each other
+                    look['ms'] = 3 + 3 * (len(groups) - i)
+                    ax.set_xticks(table.index, table.index)
+                    ax.minorticks_off()
+                if len(runs) < 3:
+                    for _, series in table.items():
+                        ax.plot(series.dropna(), **look)
+                        look['label'] = None  # the legend has it already
+                else:
+                    values, back = (np.log(table), np.exp) if yscale == 'log' else (table, np.array)
+                    mean, half = values.mean(axis=1), values.std(axis=1)
+                    ax.plot(table.index, back(mean), **look)
+                    ends = back(mean - half), back(mean + half)
+                    ax.fill_between(table.index, *ends, color=color, alpha=0.2, lw=0)
     return figure
 
 
@@ -130,13 +130,13 @@ def planes(groups):
 
 
 def column(rows, index, key, **where):
-    """Dicts as a Series of what they have at `key` over `index`; only those that are `where`."""
+    """The values at `key` over those at `index`, as a Series, of the dicts `rows` with `where`."""
     rows = [row for row in rows if where.items() <= row.items()]
     return pd.DataFrame(rows, columns=[index, key]).set_index(index)[key].astype(float)
 
 
 def trace(key, last=False):
-    """The first or the last updates, as a running mean, because batches differ."""
+    """The first or the last updates as a running mean, since batches differ."""
 
     def curve(run):
         n, rows = run.trace['n'], run.trace['rows']
@@ -148,7 +148,8 @@ def trace(key, last=False):
 
 def eigenvalues(run, scaled=False):
     """Magnitudes of the eigenvalues that have converged, as they are or `scaled` by L_eps."""
-    eigen, scale = run.hessian['eigen'], np.mean(run.hessian['random_losses']) if scaled else 1
+    eigen = run.hessian['eigen']
+    scale = np.mean(run.hessian['random_losses']) if scaled else 1
     values = pd.Series(eigen['values'], range(1, len(eigen['values']) + 1)).abs() / scale
     return values.where(eigen['converged'])
 
@@ -208,7 +209,7 @@ BUDGET = {
 
 def pictures(study):
     """(name, what is to be seen, groups, panels) of each picture of a study."""
-    frame, eps = study.frame, [f'eps {data.show_eps(e, study.dataset)}' for e in study.frame['eps']]
+    frame = study.frame
     if study.kind == 'budget':
         for name, (seen, result, *panels) in BUDGET.items():
             groups = by_eps(study.runs, result)
@@ -216,8 +217,9 @@ def pictures(study):
                 groups = [(label, color, own[:1]) for label, color, own in groups]
             yield name, seen, groups, panels
     elif study.kind == 'rate':
-        labels = 'learning rate', 'robust test error (PGD)', 'linear'
-        panels, warm = [(*labels, lambda rows: rows['pgd'])], frame['kind'].str.startswith('lr')
+        line = operator.itemgetter('pgd')
+        panels = [('learning rate', 'robust test error (PGD)', 'linear', line)]
+        warm = frame['kind'].str.startswith('lr')
         groups = by_seed(frame[~warm], 'kind', 'lr', 'pgd')
         yield 'fig5', 'Robust errors of schedules of eps over the learning rate.', groups, panels
         groups = by_seed(frame, 'kind', 'lr', 'pgd') if warm.any() else []
@@ -225,7 +227,8 @@ def pictures(study):
     else:
         dead = [name for name in frame if name.startswith('dead ')]
         panels = [('width', name, 'linear', operator.itemgetter(name)) for name in dead]
-        groups = by_seed(frame.assign(budget=eps), 'budget', 'width', *dead) if dead else []
+        budgets = [f'eps {data.show_eps(eps, study.dataset)}' for eps in frame['eps']]
+        groups = by_seed(frame.assign(budget=budgets), 'budget', 'width', *dead) if dead else []
         seen = 'Shares of units that no training image activates. No dot: not measured.'
         yield 'c24', seen, groups, panels
 

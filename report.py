@@ -89,7 +89,7 @@ def make_study(kind, runs):
             if (getattr(run, name) or {'n': n})['n'] < n:
                 setattr(run, name, None)
     study.frame = pd.DataFrame([run.config | claims.measures(run) for run in runs])
-    study.place = claims.place(first.config, paper or kind == 'width')
+    study.experiment = claims.experiment(first.config, paper or kind == 'width')
     return study
 
 

@@ -13,7 +13,7 @@ import train
 
 FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # logging, and the luck of the draw
 NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
-MORE = 'seed', 'full', 'constant', 'place', 'periodic', 'minutes', 'gib'  # about an evaluated run
+MORE = 'seed', 'full', 'constant', 'experiment', 'periodic', 'minutes', 'gib'  # about each run
 
 
 def make(frame, settings, errors):
@@ -31,9 +31,9 @@ def make(frame, settings, errors):
 def table_1(runs, errors):
     """The paper's Table 1, with those of its rows that are among `runs`."""
     groups, rows = dict(list(runs.groupby(claims.ROW))), []
-    for place, paper in claims.PAPER.iterrows():
-        own = cells(groups.get(place, runs[:0]), errors, paper)
-        rows.append(dict(zip(claims.ROW, place)) | own)
+    for row, paper in claims.PAPER.iterrows():
+        own = cells(groups.get(row, runs[:0]), errors, paper)
+        rows.append(dict(zip(claims.ROW, row)) | own)
     return pd.DataFrame(rows)
 
 
@@ -94,7 +94,7 @@ def row_of(run, result):
         'seed': config['seed'],
         'full': full,
         'constant': run.constant,
-        'place': claims.place(config, full),
+        'experiment': claims.experiment(config, full),
         'periodic': 'yes' if len(config['periods']) > 1 else 'no',
         'minutes': sum(epoch['seconds'] for epoch in run.log) / 60,
         'gib': max((epoch.get('gib', np.nan) for epoch in run.log), default=np.nan),
