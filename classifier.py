@@ -70,10 +70,11 @@ def wrong_classes(model, x, y, k, batch_size=250):
     """The k most likely wrong classes of each image (all if there are fewer), the likeliest first:
     (N, k) int64. The model must be in eval mode."""
     found = []
-    for images, labels in zip(x.split(batch_size), y.split(batch_size)):
-        logits = checked_logits(model, images).scatter(1, labels[:, None], -math.inf)
+    for i in range(0, len(x), batch_size):
+        logits = checked_logits(model, x[i : i + batch_size])
+        logits = logits.scatter(1, y[i : i + batch_size, None], -math.inf)
         found.append(logits.topk(min(k, logits.shape[1] - 1)).indices)
-    return torch.cat(found)
+    return torch.cat(found) if found else y.new_zeros(0, k)
 
 
 def correct(model, x, y, batch_size=250):

@@ -139,6 +139,12 @@ def test_any_number_of_images_is_attacked_all_wrong_or_none(run, n):
 
 
 @each
+def test_no_batch_without_images_passes(run):  # x.view(len(x), -1) in a model would fail
+    model = Model(steady)
+    assert run(model, images(0), ZEROS[:0], 0.1).shape == (0, 1, 28, 28) and not model.passes
+
+
+@each
 @pytest.mark.parametrize('fail', [False, True])
 def test_the_model_is_attacked_in_eval_mode_and_left_as_found_even_if_it_fails(run, fail):
     def spy(logits):
