@@ -223,7 +223,7 @@ def parse(argv):
     add('--ensemble', nargs='+', metavar='PATH', help='runs and checkpoints, as one ensemble')
     keys = list(attack.ATTACKS)
     add('--attacks', nargs='+', choices=keys, default=keys, help='columns of Table 1')
-    text = "AutoAttack's instead, one after the other: APGD-CE, APGD-T, FAB-T, Square"
+    text = "AutoAttack's instead, cumulative: APGD-CE, APGD-T, FAB-T, Square"
     add('--standard', action='store_true', help=text)
     text = 'of the search on a GPU; an image has fallen only if a float32 pass says so'
     add('--precision', choices=('fp32', 'tf32'), default='fp32', help=text)

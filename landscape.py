@@ -229,7 +229,8 @@ def main(argv=None):
         return sub.add_argument
 
     add = command(similarity)
-    add('--a', type=float, nargs='+', default=[0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0], help='along v')
+    steps = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]
+    add('--a', type=float, nargs='+', default=steps, help='displacements along the unit vector v')
     add = command(surface)
     add('--grid', type=cli.count, default=21, help='points a side')
     add('--radius', type=float, default=0.5, help='largest displacement')
