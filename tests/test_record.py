@@ -73,11 +73,15 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_as_it_was(tmp_path, mo
 
 
 def test_two_processes_never_write_into_one_run(tiny, tmp_path):
+    os.mkfifo('said')
     with record.lock('run'):
         if not (child := os.fork()):
+            sys.stdout = open('said', 'w', buffering=1)
             train.main([*tiny, '--out', 'run'])
             os._exit(0)
-        time.sleep(2)
+        said = open('said')
+        assert any('run is in use by another process' in line for line in said)
+        time.sleep(0.2)  # in which a process that only says so would write
         assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
     assert os.waitpid(child, 0)[1] == 0 and record.finished('run')
 
@@ -127,12 +131,8 @@ def test_a_run_that_lost_a_file_is_refused_with_the_way_to_start_over(
     assert before == contents(tmp_path / 'run')
 
 
-def settings(flags):
-    return vars(train.settings(train.parser().parse_args(flags.split())))
-
-
 def test_changed_flags_of_a_begun_run_are_named_as_typed_and_change_nothing(tmp_path):
-    begun, now = settings('--dataset cifar10'), settings('--dataset cifar10 --eps 4/255')
+    begun, now = (train.config_of(['--dataset', 'cifar10', '--eps', e]) for e in ('8/255', '4/255'))
     record.save('run/config.json', begun)
     record.save('run/log.jsonl', [{'epoch': 1}])
     before = contents(tmp_path / 'run')
