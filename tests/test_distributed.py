@@ -1,6 +1,5 @@
 """Jobs of several processes, forked as torchrun would start them, against the same jobs of one."""
 
-import functools
 import os
 import pathlib
 import shutil
@@ -10,9 +9,9 @@ import socket
 import numpy as np
 import pytest
 import torch
-from test_train import in_double, log_of  # noqa: F401
+from test_evaluate import short  # noqa: F401
+from test_train import in_double  # noqa: F401
 
-import attack
 import classifier
 import cli
 import data
@@ -60,12 +59,11 @@ def test_processes_learn_together_what_one_learns_and_others_may_go_on(in_double
     argv = [*FLAGS.split(), '--out']
     train.main([*argv, 'one'])
     assert job(2, lambda: train.main([*argv, 'many', '--minutes', '0'])) == [0, 0]
-    assert len(log_of(pathlib.Path('many'))) == 1
+    assert len(record.load('many/log.jsonl')) == 1
     assert job(3, lambda: train.main([*argv, 'many'])) == [0, 0, 0]  # of 1 image two have none
-    assert all(
-        map(lambda a, b: torch.allclose(a, b, atol=1e-10), *map(parameters, ('one', 'many')))
-    )
-    for one, many in zip(*(log_of(pathlib.Path(run)) for run in ('one', 'many'))):
+    for one, many in zip(parameters('one'), parameters('many')):
+        assert torch.allclose(one, many, atol=1e-10)
+    for one, many in zip(*(record.load(f'{run}/log.jsonl') for run in ('one', 'many'))):
         cost = {'seconds': 0, 'gib': 0, 'digest': 0}  # and what differs by rounding
         assert one | cost == pytest.approx(many | cost, rel=1e-9)
     for one, many in zip(*(record.load(f'{run}/trace.jsonl') for run in ('one', 'many'))):
@@ -74,13 +72,7 @@ def test_processes_learn_together_what_one_learns_and_others_may_go_on(in_double
     assert configs[0] == configs[1]
 
 
-def test_verdicts_and_eigenvalues_of_a_job_are_those_of_one_process(runs, in_double, monkeypatch):  # noqa: F811
-    for table in attack.ATTACKS, attack.STANDARD:
-        for key, run in table.items():
-            counts = getattr(run, 'keywords', {}).items()
-            short = {name: min(count, 8) for name, count in counts if name.startswith('n_')}
-            monkeypatch.setitem(table, key, functools.partial(run, **short))
-
+def test_verdicts_and_eigenvalues_of_a_job_are_those_of_one_process(runs, in_double, short):  # noqa: F811
     def attack_all(run):
         evaluate.main([run, '--n-examples', '20'])
         evaluate.main([run, '--n-examples', '20', '--standard'])
@@ -90,9 +82,8 @@ def test_verdicts_and_eigenvalues_of_a_job_are_those_of_one_process(runs, in_dou
     for n in 1, 2, 3:
         shutil.copytree(runs / 'single', run := f'by{n}')
         assert job(n, lambda run=run: attack_all(run)) == [0] * n
-        columns = [
-            record.load(f'{run}/{name}_n20.npz') for name in ('evaluate', 'evaluate_standard')
-        ]
+        names = 'evaluate', 'evaluate_standard'
+        columns = [record.load(f'{run}/{name}_n20.npz') for name in names]
         result = record.load(f'{run}/hessian_n20.json')
         numbers = [*result['eigen']['values'], *result['traces'], *result['random_losses']]
         found.append((columns, numbers))
@@ -132,7 +123,7 @@ def test_batch_norm_statistics_of_parts_are_those_of_a_run_that_is_resumed(tiny)
     assert job(2, lambda: train.main([*argv, 'whole'])) == [0, 0]
     for _ in range(4):
         assert job(2, lambda: train.main([*argv, 'parts', '--minutes', '0'])) == [0, 0]
-    assert all(map(torch.equal, *map(parameters, ('whole', 'parts'))))
+    assert all(map(torch.equal, parameters('whole'), parameters('parts')))
 
 
 def test_processes_that_find_different_files_do_not_go_on(runs):
@@ -140,18 +131,6 @@ def test_processes_that_find_different_files_do_not_go_on(runs):
     codes = job(2, lambda: evaluate.main(argv[:: 1 - 2 * distributed.RANK]))
     assert codes == [1, 1]
     assert 'have found different files' in pathlib.Path('end0').read_text()
-
-
-@pytest.mark.parametrize('n', [1, 2, 5])
-def test_a_batch_of_any_size_has_a_share_for_all_that_counts_once(n, monkeypatch):
-    monkeypatch.setattr(distributed, 'SIZE', 3)
-    places = []
-    for rank in range(3):
-        monkeypatch.setattr(distributed, 'RANK', rank)
-        own, counted = distributed.share(n)
-        assert len(list(range(n))[own]) == max(counted, 1)
-        places += list(range(n))[own][:counted]
-    assert sorted(places) == list(range(n))
 
 
 def test_batch_norms_that_are_synchronised_are_folded():
