@@ -316,33 +316,13 @@ def test_precision_is_that_of_training_and_not_of_the_errors(tiny, monkeypatch, 
     assert seen == [(low, True, 'high'), (torch.float32, False, 'highest')]
 
 
-def replayed(run):
-    """In place of a CUDA graph: the loop once for the capture, and again for each replay."""
-    run()
-    return run
-
-
-@pytest.mark.parametrize('model', ['lenet', 'resnet18'])
-def test_no_speed_up_changes_what_is_learnt(tiny, tmp_path, monkeypatch, in_double, model):
-    flags = '--n-train 20 --batch-size 12 --n-eval 4 --epochs 2 --optimizer sgd --lr 0.02'
-    argv = [*tiny, *flags.split(), '--model', model, '--out']
-    train.main([*argv, 'channels_last'])
-    with monkeypatch.context() as patch:
-        patch.setattr(fast, 'Adversary', functools.partial(fast.Adversary, captured=replayed))
-        train.main([*argv, 'captured'])
-    if model == 'lenet':  # the tracing, without a C++ compiler
-        compiled = mock.Mock(side_effect=functools.partial(torch.compile, backend='eager'))
-        monkeypatch.setattr(torch, 'compile', compiled)
-        train.main([*argv, 'compiled', '--compile'])
-        kwargs = [call.kwargs for call in compiled.call_args_list]
-        assert kwargs == [{'dynamic': False, 'mode': 'reduce-overhead'}, {'dynamic': False}]
-    monkeypatch.setattr(torch, 'channels_last', torch.contiguous_format)
-    train.main([*argv, 'folded'])
-    monkeypatch.setattr(fast, 'folded', lambda model, x: fast.Folded(model, []))
+def test_compilation_changes_no_bit_of_what_is_learnt(tiny, tmp_path, monkeypatch):
+    argv = [*tiny, '--n-train', '20', '--batch-size', '12', '--n-eval', '4', '--out']
     train.main([*argv, 'plain'])
-    plain = record.load(tmp_path / 'plain/period1.pt')
-    for mode in {path.parent.name for path in tmp_path.glob('*/period1.pt')}:
-        losses = [[row['loss'] for row in log_of(tmp_path / m)] for m in (mode, 'plain')]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-9), mode
-        found = record.load(tmp_path / mode / 'period1.pt')
-        assert all(torch.allclose(found[key], plain[key], atol=1e-7) for key in plain), mode
+    # the tracing, without a C++ compiler
+    compiled = mock.Mock(side_effect=functools.partial(torch.compile, backend='eager'))
+    monkeypatch.setattr(torch, 'compile', compiled)
+    train.main([*argv, 'compiled', '--compile'])
+    kwargs = [call.kwargs for call in compiled.call_args_list]
+    assert kwargs == [{'dynamic': False, 'mode': 'reduce-overhead'}, {'dynamic': False}]
+    assert same(tmp_path / 'compiled', tmp_path / 'plain')
