@@ -24,14 +24,11 @@ FLAGS += ' --n-eval 20 --batch-size 50 --out ckpts/mine'
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """A folder where each script has run with all that docs/extending.md adds, as it stands."""
-    folder, random = tmp_path_factory.mktemp('extended'), np.random.default_rng(0)
-    images = {split: random.integers(0, 256, (100, 32, 32, 3), np.uint8) for split in 'xy'}
-    labels = np.arange(100, dtype=np.uint8)
-    (folder / 'data').mkdir()
-    np.savez(
-        folder / 'data/cifar100.npz',
-        **{'x_train': images['x'], 'y_train': labels, 'x_test': images['y'], 'y_test': labels},
-    )
+    folder = tmp_path_factory.mktemp('extended')
+    x = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), np.uint8)
+    arrays = {'x_train': x, 'x_test': 255 - x}
+    arrays |= dict.fromkeys(['y_train', 'y_test'], np.arange(100, dtype=np.uint8))
+    record.save(folder / 'data/cifar100.npz', arrays)
     *additions, loss, flag = re.findall('```python\n(.*?)```', PAGE.read_text(), re.DOTALL)
     tables = {schedule: 'EPS_SCHEDS', models: 'MODELS', data: 'DATASETS', attack: 'ATTACKS'}
     names, parser = dict(vars(train)), train.parser
