@@ -81,8 +81,7 @@ def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
 def test_the_list_covers_the_papers_table():
     cifar = [f'cifar10 --model {m}{p}' for m in ('vgg', 'resnet18') for p in ('', ' --periodic')]
     rows = [f'--dataset {t} --eps-sched {s}' for t in ('mnist', *cifar) for s in SCHEDS]
-    flags = [f'{row} --seed {seed}'.split() for row in rows for seed in range(3)]
-    paper = [vars(train.settings(train.parser().parse_args(row))) for row in flags]
+    paper = [train.config_of(f'{row} --seed {seed}'.split()) for row in rows for seed in range(3)]
     ours = [config | {'trace': None} for config in settings('table1').values()]
     assert len(paper) == len(ours) == 45 and all(config in paper for config in ours)
 
@@ -106,9 +105,8 @@ def test_the_list_covers_the_papers_studies():
 
 def test_parts_seeds_and_shards_choose_the_jobs_and_a_typo_in_the_flags_none():
     whole, _ = listed('--quick')
-    assert (
-        listed('--quick', *'table1 rate width connect budget theory standard'.split())[0] == whole
-    )
+    parts = 'table1 rate width connect budget theory standard'.split()
+    assert listed('--quick', *parts)[0] == whole
     assert listed('fig1')[0] == [[['theory.py']]]
     assert {c['seed'] for c in settings('table1', SEEDS='7').values()} == {7}
     shards = [job for i in (1, 2, 3) for job in listed('--quick', '--shard', f'{i}/3')[0]]
