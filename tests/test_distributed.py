@@ -63,11 +63,10 @@ def test_processes_learn_together_what_one_learns_and_others_may_go_on(in_double
     assert job(3, lambda: train.main([*argv, 'many'])) == [0, 0, 0]  # of 1 image two have none
     for one, many in zip(parameters('one'), parameters('many')):
         assert torch.allclose(one, many, atol=1e-10)
-    for one, many in zip(*(record.load(f'{run}/log.jsonl') for run in ('one', 'many'))):
-        cost = {'seconds': 0, 'gib': 0, 'digest': 0}  # and what differs by rounding
-        assert one | cost == pytest.approx(many | cost, rel=1e-9)
-    for one, many in zip(*(record.load(f'{run}/trace.jsonl') for run in ('one', 'many'))):
-        assert one == pytest.approx(many, rel=1e-9)
+    cost = {'seconds': 0, 'gib': 0, 'digest': 0}  # and what differs by rounding
+    for name in 'log', 'trace':
+        for one, many in zip(*(record.load(f'{run}/{name}.jsonl') for run in ('one', 'many'))):
+            assert one | cost == pytest.approx(many | cost, rel=1e-9)
     configs = [record.load_config(run) | {'provenance': 0} for run in ('one', 'many')]
     assert configs[0] == configs[1]
 
