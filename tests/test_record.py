@@ -76,14 +76,17 @@ def test_two_processes_never_write_into_one_run(tiny, tmp_path):
     os.mkfifo('said')
     with record.lock('run'):
         if not (child := os.fork()):
-            sys.stdout = open('said', 'w', buffering=1)
-            train.main([*tiny, '--out', 'run'])
-            os._exit(0)
+            try:
+                sys.stdout = open('said', 'w', buffering=1)
+                train.main([*tiny, '--out', 'run'])
+            finally:
+                os._exit(0)
         said = open('said')
         assert any('run is in use by another process' in line for line in said)
         time.sleep(0.2)  # in which a process that only says so would write
         assert [path.name for path in (tmp_path / 'run').iterdir()] == ['.lock']
-    assert os.waitpid(child, 0)[1] == 0 and record.finished('run')
+    os.waitpid(child, 0)
+    assert record.finished('run')
 
 
 @pytest.mark.parametrize('name', models.MODELS)
