@@ -4,6 +4,7 @@ A finding is a tuple of FIELDS: on one claim in one experiment, at the paper's s
 """
 
 import itertools
+import operator
 import pathlib
 
 import numpy as np
@@ -13,10 +14,10 @@ from scipy import stats
 import attack
 import data
 
-RULE = """Seeds are paired. With n >= 2 of them a claim holds if the 95 % t-interval of its value is
-entirely above 0, does not hold if it is entirely below, and is inconclusive otherwise. Counts have
-no interval: all seeds of at least 3 must agree. *Baseline untrained*: what the claim compares with
-is a constant classifier. A dash: not measured."""
+RULE = """Seeds are paired. With n >= 2 of them a claim holds if the 95 % t-interval of its value,
+in brackets, is above 0, does not hold if it is below, and is inconclusive if it contains 0. A
+count has no interval: all seeds of at least 3 must agree. *Baseline untrained*: what the claim
+compares with is a constant classifier. A dash: not measured."""
 
 # the columns of Table 1, with the settings of each attack that are not those of training
 APGD = {'n_iter': 100, 'n_restarts': 5}
@@ -28,6 +29,7 @@ COMPARED = [
 ]
 COMPARED += [('periodic', 'no', 'yes', 'robust'), ('model', 'vgg', 'resnet18', 'robust')]
 FIELDS = ['claim', 'full', 'experiment', 'verdict', 'ours', 'n']
+COLUMNS = ['claim', 'in the paper', 'verdict', 'ours', 'n', 'experiment', 'size']  # of claims.md
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
 TITLES = [attack.title(key) for key in ATTACKS]
 NAMES = [*ROW, 'clean', *TITLES]
@@ -41,8 +43,8 @@ CLAIMS = {
     'linear robust': ('A linear eps beats a constant one: points of robust error', 'Table 1'),
     'cosine clean': ('A cosine eps beats a constant one: points of clean error', 'Table 1'),
     'cosine robust': ('A cosine eps beats a constant one: points of robust error', 'Table 1'),
-    'yes robust': ('An ensemble of periods beats the last model: points of robust error', ''),
-    'resnet18 robust': ('ResNet18 beats VGG: points of robust error', ''),
+    'yes robust': ('An ensemble of periods beats one model: points of robust error', 'Table 1'),
+    'resnet18 robust': ('ResNet18 beats VGG: points of robust error', 'Table 1'),
     'rates': ('A warm-up of eps makes more learning rates usable: how many more', 'Figure 5'),
     'warm-up': ('A warm-up of lr does not replace that of eps: points of PGD error', 'C.2.3'),
     'first': ('Larger eps, smaller gradients at first: decades', 'Figures 2a, 8'),
@@ -74,7 +76,8 @@ def finding(claim, full, experiment, values, unit='seed', untrained=0, count=Fal
     verdict = 'inconclusive'
     if untrained:
         verdict = 'baseline untrained'
-        experiment += '' if untrained == n else f', {untrained} of {n}'
+        if untrained < n:
+            verdict += f': {untrained} of {n}'
     elif low > 0:
         verdict = 'holds'
     elif high <= 0:
@@ -241,20 +244,18 @@ def of_theory(theory):
 
 
 def table(findings):
-    """The table of claims.md, with a row for each claim."""
+    """The table of claims.md: a row for each finding, or one for a claim without any."""
     paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
-    paper['experiment'] = paper['dataset'] + ' ' + paper['model']
-    paper = paper.assign(seed=0, full=True, constant=0, eps_max='', periods=paper['periodic'])
+    paper = paper.assign(experiment='', seed=0, full=True, constant=0, eps_max='', periods='')
     papers = pd.DataFrame(of_table(paper, ROW), columns=FIELDS)
-    findings = pd.DataFrame(findings, columns=FIELDS)
+    theirs = papers['ours'].astype(float).groupby(papers['claim']).agg(['min', 'max'])
     rows = []
     for claim, (sentence, where) in CLAIMS.items():
-        ours, theirs = (frame[frame['claim'] == claim] for frame in (findings, papers))
-        row = {'claim': sentence}
-        for full, heading in (True, "at the paper's size"), (False, 'smaller runs'):
-            groups = ours[ours['full'] == full].groupby('verdict', sort=False)['experiment']
-            row[heading] = '; '.join(f'{verdict}: {", ".join(own)}' for verdict, own in groups)
-        row['ours (95 % interval)'] = '; '.join(ours['experiment'] + ': ' + ours['ours'])
-        row["the paper's"] = '; '.join(theirs['experiment'] + ': ' + theirs['ours']) or where
-        rows.append(row | {'n': ' or '.join(ours['n'].unique())})
-    return pd.DataFrame(rows).replace('', '—')
+        if claim in theirs.index:
+            where = '{}: {} to {}'.format(where, *theirs.loc[claim])
+        own = [found[1:] for found in findings if found[0] == claim]
+        own.sort(key=operator.itemgetter(0), reverse=True)
+        for full, experiment, verdict, ours, n in own or [(None, None, None, None, None)]:
+            size = own and ("the paper's" if full else 'smaller')
+            rows.append((sentence, where, verdict, ours, n, experiment, size or None))
+    return pd.DataFrame(rows, columns=COLUMNS)

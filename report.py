@@ -115,6 +115,8 @@ def write(args, runs, studies):
     for study in studies:
         found += getattr(claims, f'of_{study.kind}')(study)
     judged, numbers = claims.table(found), tables.make(frame, settings, errors)
+    said_once = judged.copy()
+    said_once.loc[judged['claim'].duplicated(), ['claim', 'in the paper']] = ''
     sessions = [
         s for run in runs for made in (run.config, *run.evaluations) for s in made['provenance']
     ]
@@ -125,7 +127,7 @@ def write(args, runs, studies):
             'table1.md': ''.join(itertools.starmap(tables.markdown, numbers.items()))
             + ''.join(sorted(made)),
             'table1.csv': frame.to_csv(index=False),
-            'claims.md': f'{claims.RULE}\n\n' + tables.markdown('# Claims', judged),
+            'claims.md': f'{claims.RULE}\n\n' + tables.markdown('# Claims', said_once),
             'index.md': ''.join(f'- {shown[name]}\n\n  ![{name}]({name})\n' for name in shown),
         }
         for name, text in texts.items():
@@ -133,9 +135,8 @@ def write(args, runs, studies):
     for heading, table in numbers.items():
         if len(table := table[table['runs'] > 0] if 'runs' in table else table):
             print(f'{heading}\n{table.to_string(index=False)}\n')
-    for claim, paper, smaller, *_ in judged.values:
-        if paper != smaller:  # else neither was measured
-            print(f"{claim:<70} the paper's size: {paper}; smaller: {smaller}")
+    for claim, _, verdict, ours, n, experiment, _ in judged.dropna().values:
+        print(f'{verdict:<28}{claim}: {ours}, {n}, {experiment}')
     print(f'written to {args.out}: {", ".join([*texts, *shown])}')
 
 

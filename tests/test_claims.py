@@ -18,12 +18,16 @@ SMALL = '--n-train 100 --trace 20'
 
 
 def judged(*arguments):
-    """The lines of claims.md: key of CLAIMS -> the cells full, small, ours, theirs, n."""
+    """The rows of claims.md: key of CLAIMS -> [{column: cell} of each experiment]."""
     with mock.patch.object(figures, 'draw', return_value={}):
         report.main([*map(str, arguments), '--out', 'out'])
     (rows,) = read_tables(pathlib.Path('out/claims.md'))
-    cells = {row['claim']: list(row.values())[1:] for row in rows}
-    return {key: cells[sentence] for key, (sentence, _) in claims.CLAIMS.items()}
+    keys, found = iter(claims.CLAIMS), {}
+    for row in rows:
+        if row['claim']:  # said once for all of its experiments
+            found[next(keys)] = own = []
+        own.append(row)
+    return found
 
 
 @pytest.mark.parametrize('n', [2, 6])
@@ -57,18 +61,23 @@ def table_runs(folder, constant=10):
 
 def test_schedules_are_compared_seed_by_seed(tmp_path):
     rows = judged(table_runs(tmp_path / 'runs'))
-    full, small, ours, theirs, n = rows['linear clean']
-    assert (full, small, n) == ('holds: mnist lenet', '—', '3 seeds')
-    assert ours == 'mnist lenet: 2 (1.75 to 2.25)'  # 4.3027 * 0.1 / sqrt(3) = 0.248
-    assert theirs.startswith('mnist lenet: 0.5; cifar10 vgg: 4.69; cifar10 vgg (periodic): 6.45')
-    assert rows['linear robust'][2] == 'mnist lenet: 5' and rows['cosine clean'][0] == '—'
-    lines = pathlib.Path('out/claims.md').read_text().splitlines()
-    assert {line.count('|') for line in lines if line.startswith('|')} == {7}
+    assert rows['linear clean'] == [
+        {
+            'claim': 'A linear eps beats a constant one: points of clean error',
+            'in the paper': 'Table 1: 0.07 to 6.45',
+            'verdict': 'holds',
+            'ours': '2 (1.75 to 2.25)',  # 4.3027 * 0.1 / sqrt(3) = 0.248
+            'n': '3 seeds',
+            'experiment': 'mnist lenet',
+            'size': "the paper's",
+        }
+    ]
+    assert rows['linear robust'][0]['ours'] == '5' and rows['cosine clean'][0]['verdict'] == '—'
 
 
 def test_a_gap_to_a_constant_classifier_proves_nothing(tmp_path):
-    full, *_ = judged(table_runs(tmp_path / 'runs', constant=1))['linear clean']
-    assert full == 'baseline untrained: mnist lenet'
+    (row,) = judged(table_runs(tmp_path / 'runs', constant=1))['linear clean']
+    assert row['verdict'] == 'baseline untrained'
 
 
 @pytest.mark.parametrize('change', [{'lr': 0.5}, {'n': 500}, {'eps_min': 0.1}, {'settings': FEW}])
@@ -76,7 +85,7 @@ def test_runs_that_differ_in_more_are_not_compared(tmp_path, change):
     for seed in range(2):
         make_run(tmp_path / f'{seed}', f'--seed {seed}')
         make_run(tmp_path / f'{seed}l', f'--seed {seed} --eps-sched linear', **change)
-    assert judged(tmp_path)['linear clean'][-1] == '—'
+    assert judged(tmp_path)['linear clean'][0]['ours'] == '—'
 
 
 def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
@@ -84,8 +93,9 @@ def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
         make_run(tmp_path / f'{seed}', f'--seed {seed} {SMALL}', errors=[1, *[10] * 6])
         flags = f'--periodic --seed {seed} {SMALL}'
         make_run(tmp_path / f'{seed}p', flags, errors=[1, *[robust] * 6])
-    ours = judged(tmp_path)['yes robust'][2]
-    assert ours.startswith('mnist lenet of width 16 (eps 0.4, constant eps): 2.95 (')
+    (row,) = judged(tmp_path)['yes robust']
+    assert row['experiment'] == 'mnist lenet of width 16 (eps 0.4, constant eps)'
+    assert row['ours'].startswith('2.95 (') and row['size'] == 'smaller'
 
 
 def test_networks_are_compared_under_one_schedule(tmp_path):
@@ -94,24 +104,23 @@ def test_networks_are_compared_under_one_schedule(tmp_path):
             flags = f'--dataset cifar10 --model {model} --eps-sched {sched} --periodic'
             errors = [25, *[robust + seed * (model == 'vgg')] * 6]
             make_run(tmp_path / f'{model}{seed}{sched}', f'{flags} --seed {seed}', errors=errors)
-    full, _, ours, theirs, n = judged(tmp_path)['resnet18 robust']
-    assert full == 'inconclusive: ' + ', '.join(
-        f'cifar10 resnet18 ({sched} eps, periodic)' for sched in ('constant', 'linear')
-    )
-    assert ours.count(': 4.5 (') == 2 and n == '2 seeds' and theirs.count(';') == 5
+    rows = judged(tmp_path)['resnet18 robust']
+    for row, sched in zip(rows, ('constant', 'linear'), strict=True):
+        assert row['experiment'] == f'cifar10 resnet18 ({sched} eps, periodic)'
+        assert row['ours'].startswith('4.5 (') and row['verdict'] == 'inconclusive'
 
 
 def test_an_ensemble_is_not_compared_with_a_model_of_fewer_epochs(tmp_path):
     for seed, name, flags in itertools.product((0, 1), 'ab', ('--periodic', '--epochs 50')):
         make_run(tmp_path / f'{seed}{name}{flags}', f'--seed {seed} {SMALL} {flags}')
-    assert judged(tmp_path)['yes robust'][-1] == '—'
+    assert judged(tmp_path)['yes robust'][0]['ours'] == '—'
 
 
 def test_settings_without_effect_make_no_second_baseline(tmp_path):
     table_runs(tmp_path / 'runs')
     for seed in range(3):
         make_run(tmp_path / f'runs/same{seed}', f'--seed {seed} --eps-max 0.6')
-    assert judged(tmp_path / 'runs')['linear clean'][-1] == '3 seeds'
+    assert [row['n'] for row in judged(tmp_path / 'runs')['linear clean']] == ['3 seeds']
 
 
 def rate_runs(folder, pgd, classes=10):
@@ -134,17 +143,16 @@ PGD |= {('warm', 0): [90, 30, 90], ('warm', 1): [90, 90, 90]}
 
 def test_usable_learning_rates_are_counted_for_each_seed(tmp_path):
     rows = judged('--rate', rate_runs(tmp_path / 'runs', PGD))
-    full, _, ours, *_ = rows['rates']
-    assert full == 'holds: mnist lenet (linear eps, rates: 3)'
-    assert ours.endswith(': 2, 2, 2')  # a diverged run errs
-    _, _, ours, _, n = rows['warm-up']
+    (rates,), (warm_up,) = rows['rates'], rows['warm-up']
+    assert rates['experiment'] == 'mnist lenet (linear eps, rates: 3)'
+    assert (rates['verdict'], rates['ours']) == ('holds', '2, 2, 2')  # a diverged run errs
     # seed 0: (50 + 20 + 70) / 3, seed 1: (50 + 80 + 70) / 3
-    assert ': 56.7 (' in ours and n == '2 seeds'
+    assert warm_up['ours'].startswith('56.7 (') and warm_up['n'] == '2 seeds'
 
 
 def test_a_baseline_that_never_trains_has_no_usable_rates_to_compare(tmp_path):
     rate_runs(tmp_path, {('constant', 0): [90, 90], ('linear', 0): [40, 40]}, classes=1)
-    assert judged('--rate', tmp_path)['rates'][0].startswith('baseline untrained')
+    assert judged('--rate', tmp_path)['rates'][0]['verdict'] == 'baseline untrained'
 
 
 def budget_runs(folder, flags=SMALL, n=50):
@@ -167,14 +175,15 @@ def test_what_changes_with_eps_is_measured_in_decades(tmp_path):
     for eps in 0, 0.2:
         connect(runs / f'{eps}0', runs / f'{eps}1', 0.5 + eps)
     rows = judged('--budget', runs)
-    place = 'mnist lenet of width 16 to eps 0.2'
     # (2 + 2.1) / 2, (1 + 1.05) / 2, 0.8 - (0.4 + 0.3) / 2; 15 (1 + 1.05) / 2, (30 + 40) / 2 - 10
     expected = {'first': '2.05', 'last': '1.02', 'sharper': '1.02', 'similar': '0.45'}
     expected |= {'slower': '15.4', 'nearer': '2.05', 'loss': '1.02', 'steeper': '25'}
     for claim, value in expected.items():
-        assert f': {value} (' in rows[claim][2] and rows[claim][-1] == '2 seeds'
-    assert rows['first'][1] == f'holds: {place}'
-    assert rows['connected'][2:] == [f'{place}: 0.2', 'C.2.5', '1 pair']
+        (row,) = rows[claim]
+        assert row['ours'].startswith(f'{value} (') and row['n'] == '2 seeds'
+    (pair,) = rows['connected']
+    assert pair['experiment'] == 'mnist lenet of width 16 to eps 0.2'
+    assert (pair['ours'], pair['n'], pair['in the paper']) == ('0.2', '1 pair', 'C.2.5')
 
 
 def test_constant_classifiers_and_saddles_are_no_minima(tmp_path):
@@ -182,19 +191,21 @@ def test_constant_classifiers_and_saddles_are_no_minima(tmp_path):
     analyse(make_run(runs / '0.30', f'--eps 0.3 {SMALL}', classes=1), top=1000)
     analyse(make_run(runs / '0.31', f'--eps 0.3 --seed 1 {SMALL}'), top=-1000)
     rows = judged('--budget', runs)
-    assert rows['sharper'][1].endswith('to eps 0.2') and rows['first'][1].endswith('to eps 0.3')
+    assert rows['sharper'][0]['experiment'].endswith('to eps 0.2')
+    assert rows['first'][0]['experiment'].endswith('to eps 0.3')
 
 
 def test_analyses_of_fewer_images_are_not_mixed_in(tmp_path):
     analyse(budget_runs(tmp_path / 'runs') / '0.20', top=1e9, n=40)
-    assert judged('--budget', tmp_path / 'runs')['sharper'][1].endswith('to eps 0.1')
+    (row,) = judged('--budget', tmp_path / 'runs')['sharper']
+    assert row['experiment'].endswith('to eps 0.1')
 
 
 @pytest.mark.parametrize('n', [60000, 50])
 def test_a_hessian_of_few_images_is_not_of_the_papers_size(tmp_path, n):
     rows = judged('--budget', budget_runs(tmp_path / 'runs', '--trace 20', n))
-    assert rows['sharper'][0 if n > 50 else 1].startswith('holds: mnist lenet to eps')
-    assert rows['first'][0] == 'holds: mnist lenet to eps 0.2'
+    assert rows['sharper'][0]['size'] == ("the paper's" if n > 50 else 'smaller')
+    assert rows['first'][0]['size'] == "the paper's"
 
 
 def test_pairs_with_a_run_in_common_are_not_two(tmp_path):
@@ -203,8 +214,8 @@ def test_pairs_with_a_run_in_common_are_not_two(tmp_path):
     for eps, (first, barrier) in itertools.product((0, 0.1), enumerate((1, 9, 2))):
         ends = tmp_path / f'{eps}{first}', tmp_path / f'{eps}{first + 1}'
         connect(*ends, barrier * (1 + 10 * eps))
-    *_, ours, _, n = judged('--budget', tmp_path)['connected']  # 0-1: 1, 2-3: 2
-    assert n == '2 pairs' and ': 1.5 (' in ours
+    (row,) = judged('--budget', tmp_path)['connected']  # 0-1: 1, 2-3: 2
+    assert row['n'] == '2 pairs' and row['ours'].startswith('1.5 (')
 
 
 def test_a_dead_layer_of_narrow_models_is_counted_at_the_largest_eps(tmp_path):
@@ -212,8 +223,8 @@ def test_a_dead_layer_of_narrow_models_is_counted_at_the_largest_eps(tmp_path):
         flags = f'--width {width} --eps {eps} --seed {seed} {SMALL}'
         run = make_run(tmp_path / f'{width}{eps}{seed}', flags)
         analyse(run, dead=(width, eps) == (1, 0.3))
-    _, small, ours, *_ = judged('--width', tmp_path)['dead']
-    assert small.startswith('holds') and ours.endswith(': 1, 1, 1')
+    (row,) = judged('--width', tmp_path)['dead']
+    assert (row['verdict'], row['ours']) == ('holds', '1, 1, 1')
 
 
 THEORY = {'case': 'x', 'draws': 9, 'proposition_1': 1.0}
@@ -261,7 +272,7 @@ def test_every_figure_is_drawn_in_spite_of_the_users_matplotlibrc(tmp_path, monk
 def test_a_study_of_runs_that_are_only_trained_has_no_claims(tmp_path, kind):
     report.main([f'--{kind}', make_run(tmp_path / 'run', errors=[1]), '--out', 'out'])
     (rows,) = read_tables(pathlib.Path('out/claims.md'))
-    assert {row["at the paper's size"] for row in rows} == {'—'}
+    assert {row['verdict'] for row in rows} == {'—'}
 
 
 def test_three_seeds_are_a_mean_in_a_band_and_two_are_two_curves():
