@@ -38,8 +38,8 @@ def table_1(runs, errors):
 
 
 def other_runs(runs, settings, errors):
-    """A heading, which says what `runs` of one model and dataset have in common, but for defaults,
-    and a row for each of the settings in which they differ."""
+    """`runs` of one model and dataset: a heading with the settings that they share and that are no
+    defaults, and a table with a row for each combination of the others."""
     model, dataset = runs.iloc[0][['model', 'dataset']]
     # an attack that was not run does not make a difference in its settings
     same = [k for k in settings if runs[k].nunique(dropna=k.endswith(' by')) < 2]
@@ -58,8 +58,7 @@ def other_runs(runs, settings, errors):
 
 
 def evaluated(runs):
-    """A frame with a row an evaluation, what `row_of` says of it; the names of the settings; and
-    those of the errors."""
+    """A frame with a row for each evaluation, and the names of its settings and of its errors."""
     rows, errors = {}, dict.fromkeys(claims.PAPER)
     settings = dict.fromkeys(['dataset', 'model', 'eps_sched', 'eps_max', 'periods', 'precision'])
     for run in runs:
@@ -74,8 +73,7 @@ def evaluated(runs):
 
 
 def row_of(run, result):
-    """An evaluation of a run: the settings of both as they are typed, the errors in percent, and
-    MORE."""
+    """The settings of a run and its evaluation as they are typed, the errors in percent, MORE."""
     config, columns = run.config, result['columns']
     attacks = {key: columns[key]['settings'] for key in columns if key not in NO_ATTACKS}
     typed = {name: config[name] for name in config if name not in FREE}
