@@ -22,6 +22,7 @@ import torch
 from classifier import (
     LOSSES,
     correct,
+    flag,
     has_nan,
     loss_and_gradient,
     refuse_nan,
@@ -43,7 +44,7 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
     """
     x_adv = x.clone()
     width = step_size if start is None else start
-    nan = x.new_zeros((), dtype=torch.bool)
+    nan = flag(x)
     for i in range(0, len(x), batch_size):
         rows = slice(i, i + batch_size)
         noise = uniform('pgd', seed, index[rows], x.shape[1:], x)
@@ -59,7 +60,7 @@ def pgd_loop(model, x, y, noise, x_adv, eps, step_size, n_iter, width):
     gradient was nan, (). Nothing here waits for the device.
     """
     low, high = box(x, eps)
-    nan = x.new_zeros((), dtype=torch.bool)
+    nan = flag(x)
     x_adv.copy_(x).add_((2 * noise - 1).mul_(width)).clamp_(low, high)
     for _ in range(n_iter):
         loss, _, grad = loss_and_gradient(model, x_adv, y, LOSSES['ce'])
@@ -115,7 +116,7 @@ def apgd(
 
     def advance(s):
         criterion = functools.partial(targeted_dlr, target=s.target) if n_targets else LOSSES[loss]
-        nan = x.new_zeros((), dtype=torch.bool)
+        nan = flag(x)
         for _ in range(min(4, n_iter + 1 - int(s.k.max()))):
             nan |= apgd_step(s, model, criterion, checkpoints, rho, best_loss)
         return (s.k > n_iter) | (s.loss_best == math.inf), nan

@@ -4,7 +4,6 @@ A finding is a tuple of FIELDS: on one claim in one experiment, at the paper's s
 """
 
 import itertools
-import operator
 import pathlib
 
 import numpy as np
@@ -80,7 +79,7 @@ def finding(claim, full, experiment, values, unit='seed', untrained=0, count=Fal
             verdict += f': {untrained} of {n}'
     elif low > 0:
         verdict = 'holds'
-    elif high <= 0:
+    elif high < 0 or (count and high <= 0):
         verdict = 'does not hold'
     return claim, full, experiment, verdict, ours, f'{n} {unit}' if n == 1 else f'{n} {unit}s'
 
@@ -253,9 +252,10 @@ def table(findings):
     for claim, (sentence, where) in CLAIMS.items():
         if claim in theirs.index:
             where = '{}: {} to {}'.format(where, *theirs.loc[claim])
-        own = [found[1:] for found in findings if found[0] == claim]
-        own.sort(key=operator.itemgetter(0), reverse=True)
-        for full, experiment, verdict, ours, n in own or [(None, None, None, None, None)]:
-            size = own and ("the paper's" if full else 'smaller')
-            rows.append((sentence, where, verdict, ours, n, experiment, size or None))
+        own = [found for found in findings if found[0] == claim]
+        for _, full, experiment, verdict, ours, n in sorted(own, key=lambda found: not found[1]):
+            size = "the paper's" if full else 'smaller'
+            rows.append((sentence, where, verdict, ours, n, experiment, size))
+        if not own:
+            rows.append((sentence, where, *[None] * 5))
     return pd.DataFrame(rows, columns=COLUMNS)

@@ -137,6 +137,11 @@ def finite(scale):
 LOSSES = {'ce': cross_entropy, 'dlr': dlr}
 
 
+def flag(x):
+    """A bool, (), False, on the device of x, to be raised by `has_nan`."""
+    return torch.zeros((), dtype=torch.bool, device=x.device)
+
+
 def has_nan(*tensors):
     """Whether one of the tensors holds a nan: (), bool, without waiting for the device."""
     return torch.stack([tensor.isnan().any() for tensor in tensors]).any()

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import distributed
 from attack import pgd_loop
-from classifier import frozen
+from classifier import flag, frozen
 from rng import uniform
 
 
@@ -183,7 +183,7 @@ class Adversary:
     def __init__(self, model, n_iter, x, *, compiled=None, captured=None, dtype=torch.float32):
         self.model, self.n_iter, self.captured = model, n_iter, captured
         self.loops = {}  # shape of x -> what loop(x, y) returns
-        self.nan = x.new_zeros((), dtype=torch.bool)
+        self.nan = flag(x)
         self.folded = folded(model, x)
         if dtype != torch.float32:
             for convolution, *_ in self.folded.pairs:

@@ -27,7 +27,7 @@ STUDIES = {  # what varies in a study
     'rate': {'lr', 'lr_warmup', 'eps_sched', 'eps_max'},
     'width': {'width', 'eps', 'eps_max', 'step_size', 'n_iter'},
 }
-VARIED = 'eps', 'eps_sched', 'lr', 'lr_warmup', 'width'  # from which the rest of it follows
+VARIED = 'eps', 'eps_sched', 'lr', 'lr_warmup', 'width'  # the point of a study where a run lies
 ANALYSES = 'hessian', 'similarity', 'surface', 'connect', 'dead'
 
 

@@ -16,7 +16,7 @@ EPS_SCHEDS = {
 # the factor of the learning rate
 LR_SCHEDS = {
     'constant': lambda t: 1.0,
-    'step': lambda t: (1.0, 1.0, 0.1, 0.01)[int(4 * t)],  # in each quarter of the period
+    'step': lambda t: 1.0 if t < 1 / 2 else 0.1 if t < 3 / 4 else 0.01,
     'cosine': lambda t: (1 + math.cos(math.pi * t)) / 2,
     'exponential': lambda t: 0.01**t,
 }

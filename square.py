@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from classifier import correct, has_nan, logits_of, margin
+from classifier import correct, flag, has_nan, logits_of, margin
 from perturb import attack, box, per_image, run_in_full_batches
 from rng import uniform
 
@@ -22,7 +22,7 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
         raise ValueError(f'square: p_init must be above 0 and at most 1, got {p_init}')
     channels, height, width = x.shape[1:]
     x_adv = x.clone()
-    nan = x.new_zeros((), dtype=torch.bool)
+    nan = flag(x)
     block = torch.arange(20, device=x.device)  # queries between looks at which images are done
     sides = [square_side(query, p_init, height, width) for query in range(n_queries + 1)]
     sides = torch.tensor(sides, device=x.device)

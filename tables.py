@@ -80,7 +80,9 @@ def row_of(run, result):
     typed |= {'test images': result['n'], 'attack seed': result['seed']}
     typed |= {'attack precision': result['precision']} if 'precision' in result else {}
     training = data.pgd_settings(config, config['eps'])
-    typed |= {f'{attack.title(k)} by': attacks[k] for k in attacks if attacks[k] != training}
+    for key in attacks:
+        by = 'training' if attacks[key] == training else attacks[key]
+        typed[f'{attack.title(key)} by'] = by
     typed = {name: data.show(name, typed[name], config['dataset']) for name in typed}
     complete = claims.ATTACKS.keys() <= attacks.keys()
     names = ['clean', *attacks] + ['worst'] * complete + ['standard'] * ('standard' in columns)

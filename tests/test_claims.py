@@ -77,7 +77,7 @@ def test_schedules_are_compared_seed_by_seed(tmp_path):
 
 def test_a_gap_to_a_constant_classifier_proves_nothing(tmp_path):
     (row,) = judged(table_runs(tmp_path / 'runs', constant=1))['linear clean']
-    assert row['verdict'] == 'baseline untrained'
+    assert (row['verdict'], row['size']) == ('baseline untrained', "the paper's")
 
 
 @pytest.mark.parametrize('change', [{'lr': 0.5}, {'n': 500}, {'eps_min': 0.1}, {'settings': FEW}])
@@ -107,7 +107,8 @@ def test_networks_are_compared_under_one_schedule(tmp_path):
     rows = judged(tmp_path)['resnet18 robust']
     for row, sched in zip(rows, ('constant', 'linear'), strict=True):
         assert row['experiment'] == f'cifar10 resnet18 ({sched} eps, periodic)'
-        assert row['ours'].startswith('4.5 (') and row['verdict'] == 'inconclusive'
+        assert row['ours'].startswith('4.5 (') and row['n'] == '2 seeds'
+        assert (row['verdict'], row['size']) == ('inconclusive', "the paper's")
 
 
 def test_an_ensemble_is_not_compared_with_a_model_of_fewer_epochs(tmp_path):
@@ -181,8 +182,9 @@ def test_what_changes_with_eps_is_measured_in_decades(tmp_path):
     for claim, value in expected.items():
         (row,) = rows[claim]
         assert row['ours'].startswith(f'{value} (') and row['n'] == '2 seeds'
-    (pair,) = rows['connected']
-    assert pair['experiment'] == 'mnist lenet of width 16 to eps 0.2'
+    (first,), (pair,) = rows['first'], rows['connected']
+    assert first['verdict'] == 'holds' and first['size'] == 'smaller'
+    assert first['experiment'] == pair['experiment'] == 'mnist lenet of width 16 to eps 0.2'
     assert (pair['ours'], pair['n'], pair['in the paper']) == ('0.2', '1 pair', 'C.2.5')
 
 
@@ -204,8 +206,10 @@ def test_analyses_of_fewer_images_are_not_mixed_in(tmp_path):
 @pytest.mark.parametrize('n', [60000, 50])
 def test_a_hessian_of_few_images_is_not_of_the_papers_size(tmp_path, n):
     rows = judged('--budget', budget_runs(tmp_path / 'runs', '--trace 20', n))
-    assert rows['sharper'][0]['size'] == ("the paper's" if n > 50 else 'smaller')
-    assert rows['first'][0]['size'] == "the paper's"
+    (first,), (sharper,) = rows['first'], rows['sharper']
+    assert sharper['size'] == ("the paper's" if n > 50 else 'smaller')
+    assert sharper['verdict'] == first['verdict'] == 'holds' and first['size'] == "the paper's"
+    assert sharper['experiment'] == first['experiment'] == 'mnist lenet to eps 0.2'
 
 
 def test_pairs_with_a_run_in_common_are_not_two(tmp_path):
@@ -224,7 +228,7 @@ def test_a_dead_layer_of_narrow_models_is_counted_at_the_largest_eps(tmp_path):
         run = make_run(tmp_path / f'{width}{eps}{seed}', flags)
         analyse(run, dead=(width, eps) == (1, 0.3))
     (row,) = judged('--width', tmp_path)['dead']
-    assert (row['verdict'], row['ours']) == ('holds', '1, 1, 1')
+    assert (row['verdict'], row['ours'], row['size']) == ('holds', '1, 1, 1', 'smaller')
 
 
 THEORY = {'case': 'x', 'draws': 9, 'proposition_1': 1.0}

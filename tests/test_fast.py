@@ -1,5 +1,6 @@
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -16,10 +17,6 @@ import fast
 import models
 import rng
 
-TORCHVISIONS = (
-    'resnet34 resnext50_32x4d densenet121 mobilenet_v2 mobilenet_v3_small shufflenet_v2_x0_5 '
-    'mnasnet0_5 squeezenet1_1 regnet_x_400mf regnet_y_400mf efficientnet_b0'
-).split()
 UNUSUAL = {
     'odd': lambda m, x: m.odd(x),
     'constants': lambda m, x: m.plain(x / (2 * m.std) + torch.ones(3, 1, 1)),
@@ -70,10 +67,8 @@ def network(name):
         model = models.Ensemble([network('resnet18')[0], network('vgg')[0]])
     elif name in models.MODELS:
         model = models.build(name, data.DATASETS['mnist' if name == 'lenet' else 'cifar10'], 1)
-    elif name in UNUSUAL:
-        model = Unusual(name)
     else:
-        model = torchvision.models.get_model(name, weights=None)
+        model = Unusual(name)
     change(model.double())
     return model, torch.rand(3, *((1, 28, 28) if name == 'lenet' else (3, 32, 32))).double()
 
@@ -84,7 +79,7 @@ def same_function(one, other, x):
     for model in one, other:
         with classifier.frozen(model):
             results.append(classifier.loss_and_gradient(model, x, 1, torch.logsumexp))
-    return all((a - b).norm() <= 1e-9 * a.norm() for a, b in zip(*results))
+    return all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(*results))
 
 
 each = pytest.mark.parametrize('name', ['lenet', 'vgg', 'resnet18', 'ensemble', *UNUSUAL])
@@ -101,12 +96,31 @@ def test_a_fold_is_the_same_function_and_stale_after_changes_until_refolded(name
     assert same_function(model, folded, x)
 
 
-@pytest.mark.parametrize('name', TORCHVISIONS)
+CLASSIFIERS = (
+    'resnet18 resnet34 resnext50_32x4d densenet121 mobilenet_v2 mobilenet_v3_small '
+    'shufflenet_v2_x0_5 mnasnet0_5 squeezenet1_1 regnet_x_400mf regnet_y_400mf efficientnet_b0'
+).split()
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
 def test_torchvisions_classifiers_are_folded_as_they_are(name):
-    model, x = network(name)
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None, num_classes=7).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in module.weight, module.bias, module.running_mean:
+                nn.init.normal_(value.detach(), 1, 0.1)
+            module.running_var.uniform_(0.5, 2)
+    before, x = copy.deepcopy(model.state_dict()), torch.rand(2, 3, 32, 32).double()
     folded = fast.folded(model, x)
-    assert same_function(model, folded, x)
     assert any(bn for _, _, bn in folded.pairs) or name == 'squeezenet1_1'
+    results = []
+    for net in model, folded:
+        with classifier.frozen(net):
+            results.append(classifier.loss_and_gradient(net, x, 1, torch.logsumexp))
+    for one, other in zip(*results):
+        assert (one - other).norm() <= 1e-12 * one.norm()
+    assert all(map(torch.equal, before.values(), model.state_dict().values()))
 
 
 def test_a_batch_norm_is_folded_right_behind_a_convolution_of_its_own_in_a_network_well_traced():
@@ -129,6 +143,14 @@ def test_folding_and_attacking_leave_no_trace(name):
     assert held() == before and torch.equal(torch.get_rng_state(), random)
     assert all(map(torch.equal, model.state_dict().values(), values.values()))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['lenet', 'resnet18', 'constants', 'branching'])
+def test_a_model_that_was_folded_can_be_copied_and_pickled(name):
+    model, x = network(name)
+    fast.Adversary(model, 2, x)(x, torch.arange(3), 0.1, 0.05)
+    assert same_function(model, copy.deepcopy(model), x)
+    assert same_function(model, pickle.loads(pickle.dumps(model)), x)
 
 
 def test_convolutions_of_every_kind_keep_their_function_and_gradient():

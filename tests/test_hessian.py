@@ -101,12 +101,14 @@ def test_a_product_that_is_not_finite_is_refused():
 def test_a_product_leaves_the_model_as_it_was():
     model, x, y, v = tiny_network()
     model.train()[0].weight.requires_grad_(False)
+    model[4].bias.grad = torch.ones(4).double()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     hessian.hvp(model, x, y, v)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.training and model[1].training
     assert [p.requires_grad for p in model.parameters()] == [False] + [True] * 5
-    assert all(p.grad is None for p in model.parameters())
+    *others, last = (p.grad for p in model.parameters())
+    assert others == [None] * 5 and torch.equal(last, torch.ones(4).double())
 
 
 SPECTRA = {

@@ -181,11 +181,17 @@ def test_settings_that_differ_are_columns_and_the_others_are_said_once(tmp_path,
     assert len(rows) == 5 and rows[1]['beta'] == '6.0' and float(rows[1]['clean']) == 42
 
 
-@pytest.mark.parametrize('change', [{'n': 1000}, {'settings': FEW}])
+OWN = SETTINGS | {'pgd': {'step_size': 0.5, 'n_iter': 1}}
+
+
+@pytest.mark.parametrize('change', [{'n': 1000}, {'settings': FEW}, {'settings': OWN}])
 def test_other_images_and_attacks_are_another_row(tmp_path, change):
     runs = [make_run(tmp_path / '0', '--n-train 9', n=500)]
     runs.append(make_run(tmp_path / '1', '--n-train 9 --seed 1', **{'n': 500} | change))
-    assert [row['runs'] for row in reported(tmp_path / 'out', *runs)[1]] == ['1', '1']
+    one, other = reported(tmp_path / 'out', *runs)[1]
+    assert one['runs'] == other['runs'] == '1'
+    column = {'n': 'test images', 'settings': 'PGD by'}[[*change][0]]
+    assert change == {'settings': FEW} or one[column] != other[column]
 
 
 def test_the_same_settings_and_seed_count_once(tmp_path):
