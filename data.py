@@ -113,8 +113,9 @@ def load(name, data_dir='data', device='cpu'):
             if x.dtype != np.uint8 or (*x.shape, 1)[:4] != (*y.shape, *shape):
                 found = f'{x.dtype} {x.shape}, labels {y.shape}'
                 raise ValueError(f'images are {found}, not uint8 {(len(y), *shape)}, {(len(y),)}')
-            if y.max() >= dataset.n_classes:
-                raise ValueError(f'labels go up to {y.max()}, not to {dataset.n_classes - 1}')
+            if not 0 <= y.min() <= y.max() < dataset.n_classes:
+                found = f'{y.min()} .. {y.max()}'
+                raise ValueError(f'labels are {found}, not 0 .. {dataset.n_classes - 1}')
     except Exception as error:  # damaged bytes and downloads fail in many ways
         if path.exists():
             raise ValueError(f'{path} is not {name}: {error}; replace it') from None

@@ -38,7 +38,8 @@ def test_a_foreign_file_is_refused_by_name(tmp_path):
         ('x_train', np.zeros((199, 28, 28), np.uint8), r'images are uint8 \(199, 28, 28\)'),
         ('x_train', np.zeros((200, 28, 28)), 'images are float64'),
         ('y_train', np.zeros((200, 1), np.uint8), r'labels \(200, 1\)'),
-        ('y_test', np.full(60, 10, np.uint8), 'labels go up to 10'),
+        ('y_test', np.full(60, 10, np.uint8), 'labels are 10 .. 10'),
+        ('y_test', np.full(60, -1, np.int8), 'labels are -1 .. -1'),
     ):
         write(tmp_path / 'mnist.npz', **{key: array})
         with pytest.raises(ValueError, match=f'{tmp_path}/mnist.npz is not mnist: .*{fault}'):

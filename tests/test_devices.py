@@ -19,7 +19,7 @@ import hessian
 import models
 import train
 
-WAITS = '_local_scalar_dense.default', 'nonzero.default'
+WAITS = '_local_scalar_dense.default', 'nonzero.default', 'masked_select.default'
 SHORT = {'n_iter': 3, 'n_restarts': 2, 'n_targets': 2, 'n_queries': 21}
 
 
