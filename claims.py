@@ -200,6 +200,7 @@ def of_budget(study):
 def of_rate(study, usable=0.5):
     """Findings on Figure 5 and C.2.3, at the seeds and learning rates that both schedules have."""
     kinds = dict(list(study.frame.groupby('kind')))
+    eps = data.show_eps(study.frame['eps'].iloc[0], study.dataset)
     for name, other in itertools.product(kinds, ('linear eps', 'cosine eps')):
         warm_up = name.startswith('lr warm-up') and ',' not in name
         if other in kinds and (warm_up or name == 'constant eps'):
@@ -209,7 +210,7 @@ def of_rate(study, usable=0.5):
             if not warm_up:
                 more = (b < usable).sum(axis=1) - (a < usable).sum(axis=1)
             claim = 'warm-up' if warm_up else 'rates'
-            where = f'{study.experiment} ({other}, rates: {a.shape[1]})'
+            where = f'{study.experiment} ({other} {eps}, rates: {a.shape[1]})'
             stuck = len(a) if kinds[name]['constant'].all() else 0
             if a.size:
                 full, count = study.full['pgd'], not warm_up

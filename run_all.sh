@@ -34,15 +34,17 @@ small() {  # cost: seconds of a core
     mnist5k_lenet="--epochs 40 --batch-size 64 --trace 500 $digits"
     local cifar10='--epochs 100 --batch-size 32 --n-iter 5 --step-size 2.5/255 --n-eval 250'
     cifar10_lenet="--n-train 2000 $cifar10" cifar10_resnet18="--n-train 1000 $cifar10"
+    cifar10_vgg=$cifar10_resnet18
     evaluate='--n-examples 500' standard=$evaluate pgd='--n-examples 2000' hessian=$evaluate
     similarity='--n-examples 250 --a 0 .02 .1 .5' surface='--n-examples 250 --grid 11'
     curve='--n-examples 500 --epochs 40 --lr 0.02 --points 11'
     rows=({table1,standard}:cifar10_resnet18:{linear,constant,cosine}{,_periodic}:8/255:0.05:4
+        {table1,standard}:cifar10_vgg:linear:8/255:0.05:4
         {table1,standard}:cifar10_lenet:{linear,constant,cosine}{,_periodic}:8/255:0.02:8
         {table1,standard}:mnist_lenet:{constant,cosine,linear}{,_periodic}:0.2:3e-3:4
         {table1,standard}:mnist_lenet:{constant,cosine,linear}:0.4:3e-3:4
         budget:mnist5k_lenet:constant:{0,0.1,0.2,0.3}:1e-3:4  # 6,200
-        rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{1e-3,3e-3,1e-2}:4  # 2,900
+        rate:mnist_lenet:{constant,cosine,linear,warmup}:0.2:{1e-3,3e-3,1e-2}:4  # 2,900
         width:mnist5k_lenet:constant:{0,0.3}:1e-3:{1,2,4}  # 1,900
         connect:mnist5k_lenet:constant:{0,0.2}:1e-3:4)  # 1,200
 }

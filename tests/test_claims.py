@@ -145,7 +145,7 @@ PGD |= {('warm', 0): [90, 30, 90], ('warm', 1): [90, 90, 90]}
 def test_usable_learning_rates_are_counted_for_each_seed(tmp_path):
     rows = judged('--rate', rate_runs(tmp_path / 'runs', PGD))
     (rates,), (warm_up,) = rows['rates'], rows['warm-up']
-    assert rates['experiment'] == 'mnist lenet (linear eps, rates: 3)'
+    assert rates['experiment'] == 'mnist lenet (linear eps 0.4, rates: 3)'
     assert (rates['verdict'], rates['ours']) == ('holds', '2, 2, 2')  # a diverged run errs
     # seed 0: (50 + 20 + 70) / 3, seed 1: (50 + 80 + 70) / 3
     assert warm_up['ours'].startswith('56.7 (') and warm_up['n'] == '2 seeds'
