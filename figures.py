@@ -53,12 +53,14 @@ def draw(studies, theory, out):
 
 def title(runs):
     """The settings that all `runs` share, as a line."""
-    shared = {k: v for k, v in runs[0].config.items() if all(r.config[k] == v for r in runs)}
     formats = {'model': '{}', 'width': 'width {}', 'n_train': '{} images', 'dataset': '{}'}
     formats |= {'epochs': '{} epochs', 'optimizer': '{}', 'lr': 'lr {}', 'eps_sched': '{} eps'}
     formats |= {'eps': 'eps {}'}
-    shown = {k: data.show(k, v, runs[0].config['dataset']) for k, v in shared.items()}
-    return ', '.join(formats[k].format(shown[k]) for k in formats if shared.get(k) is not None)
+    config, texts = runs[0].config, []
+    for k in formats:
+        if config.get(k) is not None and all(run.config[k] == config[k] for run in runs):
+            texts.append(formats[k].format(data.show(k, config[k], config['dataset'])))
+    return ', '.join(texts)
 
 
 def by_eps(runs, name):

@@ -161,7 +161,7 @@ main() {
         kill -0 "$runner" 2> /dev/null || exit 255  # without run_all.sh, xargs starts no further job
         run=${line#*--out } run=${run%% *}
         state() { echo "$line $code" && ls "$run" 2> /dev/null || ls evals 2> /dev/null || true; }
-        [[ ! -e $stamp ]] || grep -qvxFf <(state) "$stamp" || exit 0  # it ended well, no file is gone
+        [[ ! -s $stamp ]] || grep -qvxFf <(state) "$stamp" || exit 0  # it ended well, no file is gone
         mkdir -p "${log%/*}" && echo "$name ..." >&2
         bash -c "$line" >> "$log" 2>&1 < /dev/null && state > "$stamp" ||
             echo "$log: $(tail -n 1 "$log")"' $$) ||

@@ -190,6 +190,8 @@ def test_a_job_is_run_again_only_if_its_command_its_files_or_the_code_have_chang
     assert trained() == 0
     config.unlink()
     assert trained() == 1 and trained() == 0
+    next(start.folder.glob('logs/quick/table1/*.done')).write_text('')  # by a crash
+    assert trained() == 1 and trained() == 0
     (start.folder / 'code.py').write_text('pass')
     assert trained() == 4
 
