@@ -25,8 +25,9 @@ paper() {  # cost: minutes of an H100, by arithmetic; table1 2,860
         budget:mnist_lenet:constant:{0,0.1,0.2,0.3,0.4}:1e-4:16
         budget:cifar10_resnet18:constant:{0,2/255,4/255,8/255}:0.1:8  # 1,180
         rate:mnist_lenet:{constant,cosine,linear,warmup}:0.4:{{1,3}e-{5,4,3},1e-2}:16  # 1,580
-        width:mnist_lenet:constant:{0,0.4}:1e-4:{1,2,4,16}  # 200, and 190 for
-        connect:{mnist_lenet:constant:{0,0.4}:1e-4:16,cifar10_resnet18:constant:{0,8/255}:0.1:8})
+        width:mnist_lenet:constant:{0,0.4}:1e-4:{1,2,4,16}  # 200
+        connect:mnist_lenet:constant:{0,0.4}:1e-4:16
+        connect:cifar10_resnet18:constant:{0,8/255}:0.1:8)  # 190 with that of MNIST
 }
 small() {  # cost: seconds of a core
     local digits='--n-iter 10 --step-size eps/8 --n-eval 500'
@@ -160,7 +161,8 @@ main() {
         runner=$0 name=$1 line=$2 log=logs/$1.log stamp=logs/$1.done
         kill -0 "$runner" 2> /dev/null || exit 255  # without run_all.sh, xargs starts no further job
         run=${line#*--out } run=${run%% *}
-        state() { echo "$line $code" && ls "$run" 2> /dev/null || ls evals 2> /dev/null || true; }
+        [[ $line == *--out* ]] || run=evals  # of theory.py
+        state() { echo "$line $code" && ls "$run" 2> /dev/null || true; }
         [[ ! -s $stamp ]] || grep -qvxFf <(state) "$stamp" || exit 0  # it ended well, no file is gone
         mkdir -p "${log%/*}" && echo "$name ..." >&2
         bash -c "$line" >> "$log" 2>&1 < /dev/null && state > "$stamp" ||

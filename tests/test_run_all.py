@@ -125,6 +125,7 @@ echo "$@" >> "$COMMANDS"
 case "$*" in *"$BAD"*) echo it broke; exit 3 ;; esac
 case "$*" in *"$HOLD"*) while [ -e hold ]; do sleep .05; done ;; esac
 [ "$1" != train.py ] || { mkdir -p $3 && touch $3/config.json; }
+[ "$1" != theory.py ] || { mkdir -p evals && touch evals/theory.json; }
 """
 
 
@@ -194,6 +195,12 @@ def test_a_job_is_run_again_only_if_its_command_its_files_or_the_code_have_chang
     assert trained() == 1 and trained() == 0
     (start.folder / 'code.py').write_text('pass')
     assert trained() == 4
+    (python := start.folder.parent / 'python3').symlink_to(start.folder / 'python3')
+    for lost, n in (False, 1), (False, 1), (True, 2):
+        if lost:
+            (start.folder / 'evals' / 'theory.json').unlink()
+        assert start('theory', PYTHON=str(python)).wait() == 0
+        assert len(start.commands('theory.py')) == n
 
 
 def test_jobs_run_side_by_side_and_so_do_two_runners(start):
