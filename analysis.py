@@ -1,5 +1,5 @@
 """What the analyses of a run share. Its training images are neither shuffled nor augmented, its
-network is in eval mode and in float32 without TF32."""
+network is in eval mode (but while a curve is trained) and in float32 without TF32."""
 
 import functools
 import hashlib
@@ -80,9 +80,9 @@ def unflat(vector, like):
     return [part.view(tensor.shape) for part, tensor in zip(parts, like)]
 
 
-def output(run, stem, args, **tags):
-    """The path of the result `stem` of a run: flags and tags that are not None are in its name."""
-    tags |= {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}'}
+def output(run, stem, args):
+    """The path of the result `stem` of a run; the flags that are given are in its name."""
+    tags = {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}'}
     tags |= {'seed': args.seed or None}
     named = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
     return run.folder / f'{"_".join([stem, *named])}.json'
@@ -100,9 +100,9 @@ def resume(path, metadata, device):
 
 
 def eigenvectors(run, k):
-    """The top k eigenvectors of the run's Hessian, (k, dim), and their source as a string: of the
-    results of hessian.py at this eps a converged one, of the most images. ValueError without any.
-    """
+    """The top k eigenvectors of the run's Hessian, (k, dim), and their source as a string. Of the
+    results of hessian.py at this eps a converged one is taken first, then the one on the most
+    images; ValueError if there is none."""
     found = []
     for path in run.folder.glob('hessian*.json'):
         result = record.load(path)

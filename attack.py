@@ -111,13 +111,14 @@ def apgd(
     def start(rows):
         noise = uniform(f'apgd {loss}', seed, index[rows], x.shape[1:], x, restarts[rows])
         s = apgd_start(x[rows], y[rows], rows, noise, eps)
-        s.target = targets[rows, restarts[rows]] if n_targets else s.y
+        if n_targets:
+            s.target = targets[rows, restarts[rows]]
         return s
 
     def advance(s):
         criterion = functools.partial(targeted_dlr, target=s.target) if n_targets else LOSSES[loss]
         nan = flag(x)
-        for _ in range(min(4, n_iter + 1 - int(s.k.max()))):
+        for _ in range(min(4, n_iter + 1 - int(s.k.max()))):  # then looks at which are done
             nan |= apgd_step(s, model, criterion, checkpoints, rho, best_loss)
         return (s.k > n_iter) | (s.loss_best == math.inf), nan
 

@@ -1,8 +1,9 @@
 """The claims of the paper: what was measured, its interval over seeds, and a verdict.
 
-A finding is a tuple of FIELDS: on one claim in one experiment, at the paper's size (full) or not.
+A Finding is on one claim in one experiment, at the paper's size (full) or not.
 """
 
+import collections
 import itertools
 import pathlib
 
@@ -27,7 +28,7 @@ COMPARED = [
     ('eps_sched', 'constant', s, k) for s in ('linear', 'cosine') for k in ('clean', 'robust')
 ]
 COMPARED += [('periodic', 'no', 'yes', 'robust'), ('model', 'vgg', 'resnet18', 'robust')]
-FIELDS = ['claim', 'full', 'experiment', 'verdict', 'ours', 'n']
+Finding = collections.namedtuple('Finding', 'claim full experiment verdict ours n')
 COLUMNS = ['claim', 'in the paper', 'verdict', 'ours', 'n', 'experiment', 'size']  # of claims.md
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
 TITLES = [attack.title(key) for key in ATTACKS]
@@ -63,7 +64,7 @@ CLAIMS = {
 
 
 def finding(claim, full, experiment, values, unit='seed', untrained=0, count=False):
-    """A tuple of FIELDS on a claim, from independent `values`, one for each `unit`; the baseline of
+    """A Finding on a claim, from independent `values`, one for each `unit`; the baseline of
     `untrained` of them is a constant classifier. A `count` has no interval."""
     n, low, high = len(values), -np.inf, np.inf
     ours = ', '.join(f'{value:g}' for value in values) if count else f'{np.mean(values):.3g}'
@@ -81,7 +82,8 @@ def finding(claim, full, experiment, values, unit='seed', untrained=0, count=Fal
         verdict = 'holds'
     elif high < 0 or (count and high <= 0):
         verdict = 'does not hold'
-    return claim, full, experiment, verdict, ours, f'{n} {unit}' if n == 1 else f'{n} {unit}s'
+    n = f'{n} {unit}' if n == 1 else f'{n} {unit}s'
+    return Finding(claim, full, experiment, verdict, ours, n)
 
 
 def of_table(frame, settings):
@@ -90,7 +92,7 @@ def of_table(frame, settings):
     """
     frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
     frame = frame.dropna(subset='robust')
-    for column, baseline, other, kind in COMPARED:
+    for column, baseline, other, error in COMPARED:
         tied = {'eps_sched': 'eps_max', 'periodic': 'periods'}.get(column, column)
         same = [name for name in settings if name not in (column, tied)]
         before, after = (frame[frame[column] == value] for value in (baseline, other))
@@ -105,19 +107,19 @@ def of_table(frame, settings):
             if column != 'periodic' and row['periodic'] == 'yes':
                 notes.append('periodic')
             experiment = row['experiment'] + (f' ({", ".join(notes)})' if notes else '')
-            gain = rows[f'{kind} before'] - rows[kind]
+            gain = rows[f'{error} before'] - rows[error]
             stuck = int(rows['constant before'].sum())
-            yield finding(f'{other} {kind}', full, experiment, gain, untrained=stuck)
+            yield finding(f'{other} {error}', full, experiment, gain, untrained=stuck)
 
 
 def measures(run):
     """The measurements of a run that studies compare, name -> value."""
     config = run.config
-    kind = f'{config["eps_sched"]} eps'
+    schedule = f'{config["eps_sched"]} eps'
     if config['lr_warmup']:
         warm_up = f'lr warm-up {config["lr_warmup"]:g}'
-        kind = warm_up if kind == 'constant eps' else f'{warm_up}, {kind}'
-    found = {'constant': float(run.constant), 'kind': kind}
+        schedule = warm_up if schedule == 'constant eps' else f'{warm_up}, {schedule}'
+    found = {'constant': float(run.constant), 'schedule': schedule}
     if run.trace:
         n, rows = run.trace['n'], pd.DataFrame(run.trace['rows'])
         first, tenth = rows[:n], max(1, n // 10)
@@ -130,7 +132,7 @@ def measures(run):
     if run.hessian:
         eigen, scale = run.hessian['eigen'], np.mean(run.hessian['random_losses'])
         top = eigen['values'][0] if eigen['converged'][0] else np.nan
-        found['normalised'] = decades(top / scale)  # nan if negative: at a saddle
+        found['top eigenvalue'] = decades(top / scale)  # nan if negative: at a saddle
     if run.similarity:
         points = pd.DataFrame(run.similarity['points'])
         away, here = (points.query(a).groupby('direction').mean() for a in ('a > 0', 'a == 0'))
@@ -178,7 +180,7 @@ def of_budget(study):
         ('nearer', 'trace', frame, 'distance', -1),
         ('last', 'trace', trained, 'gradient, last', 1),
         ('loss', 'trace', frame, 'loss left', 1),
-        ('sharper', 'hessian', trained, 'normalised', 1),
+        ('sharper', 'hessian', trained, 'top eigenvalue', 1),
         ('connected', 'connect', trained, 'barrier', 1),
     ):
         table = by_seed(rows, 'eps', name)
@@ -197,24 +199,23 @@ def of_budget(study):
             yield finding(claim, study.full['similarity'], study.experiment, table.mean(axis=1))
 
 
-def of_rate(study, usable=0.5):
+def of_rate(study):
     """Findings on Figure 5 and C.2.3, at the seeds and learning rates that both schedules have."""
-    kinds = dict(list(study.frame.groupby('kind')))
+    schedules = dict(list(study.frame.groupby('schedule')))
     eps = data.show_eps(study.frame['eps'].iloc[0], study.dataset)
-    for name, other in itertools.product(kinds, ('linear eps', 'cosine eps')):
-        warm_up = name.startswith('lr warm-up') and ',' not in name
-        if other in kinds and (warm_up or name == 'constant eps'):
-            tables = [by_seed(kinds[kind], 'lr', 'pgd') for kind in (name, other)]
-            a, b = tables[0].align(tables[1], join='inner')
-            more = 100 * (a - b).mean(axis=1)
-            if not warm_up:
-                more = (b < usable).sum(axis=1) - (a < usable).sum(axis=1)
-            claim = 'warm-up' if warm_up else 'rates'
-            where = f'{study.experiment} ({other} {eps}, rates: {a.shape[1]})'
-            stuck = len(a) if kinds[name]['constant'].all() else 0
-            if a.size:
-                full, count = study.full['pgd'], not warm_up
-                yield finding(claim, full, where, more, untrained=stuck, count=count)
+    for name, other in itertools.product(schedules, ('linear eps', 'cosine eps')):
+        warm_up = name.startswith('lr warm-up') and ',' not in name  # under a constant eps
+        if other not in schedules or not (warm_up or name == 'constant eps'):
+            continue
+        a, b = (by_seed(schedules[key], 'lr', 'pgd') for key in (name, other))
+        a, b = a.align(b, join='inner')
+        where = f'{study.experiment} ({other} {eps}, rates: {a.shape[1]})'
+        stuck = len(a) if schedules[name]['constant'].all() else 0
+        claim, count, more = 'warm-up', False, 100 * (a - b).mean(axis=1)
+        if not warm_up:  # a rate is usable if fewer than half of the images are misclassified
+            claim, count, more = 'rates', True, (b < 0.5).sum(axis=1) - (a < 0.5).sum(axis=1)
+        if a.size:
+            yield finding(claim, study.full['pgd'], where, more, untrained=stuck, count=count)
 
 
 def of_width(study):
@@ -240,21 +241,22 @@ def of_theory(theory):
             ('theorem 1', case, optimal, f'the best multiple gains {best:.2g}', models),
             ('theorem 2', 'logistic regression', most < 1, f'at most {most:.0%} of it', cases),
         ):
-            yield claim, True, experiment, 'holds' if holds else 'does not hold', ours, n
+            verdict = 'holds' if holds else 'does not hold'
+            yield Finding(claim, True, experiment, verdict, ours, n)
 
 
 def table(findings):
     """The table of claims.md: a row for each finding, or one for a claim without any."""
     paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
     paper = paper.assign(experiment='', seed=0, full=True, constant=0, eps_max='', periods='')
-    papers = pd.DataFrame(of_table(paper, ROW), columns=FIELDS)
+    papers = pd.DataFrame(of_table(paper, ROW), columns=Finding._fields)
     theirs = papers['ours'].astype(float).groupby(papers['claim']).agg(['min', 'max'])
     rows = []
     for claim, (sentence, where) in CLAIMS.items():
         if claim in theirs.index:
             where = '{}: {} to {}'.format(where, *theirs.loc[claim])
-        own = [found for found in findings if found[0] == claim]
-        for _, full, experiment, verdict, ours, n in sorted(own, key=lambda found: not found[1]):
+        own = [found for found in findings if found.claim == claim]
+        for _, full, experiment, verdict, ours, n in sorted(own, key=lambda found: not found.full):
             size = "the paper's" if full else 'smaller'
             rows.append((sentence, where, verdict, ours, n, experiment, size))
         if not own:

@@ -106,8 +106,8 @@ def loss_and_gradient(model, x, y, criterion):
 
 def margin(logits, y):
     """z_y - max_{i != y} z_i, (N,): at most 0 where the image is misclassified."""
-    z_y = logits.gather(1, y[:, None])
-    return (z_y - logits.scatter(1, y[:, None], -math.inf).amax(1, keepdim=True)).squeeze(1)
+    z_y = logits.gather(1, y[:, None]).squeeze(1)
+    return z_y - logits.scatter(1, y[:, None], -math.inf).amax(1)
 
 
 def dlr(logits, y):

@@ -62,7 +62,7 @@ def device(text):
 
 
 def add_machine_flags(parser):
-    """The flags that say where and when to compute; they change no result."""
+    """The flags that say where to compute and where the data are; they change no result."""
     add = parser.add_argument
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--device', type=device, default=default, help='cuda if there is one')

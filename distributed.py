@@ -79,7 +79,7 @@ def total(*tensors):
             tensor.detach().copy_(part.view_as(tensor))
 
 
-def synchronised(model, device):
+def synchronized(model, device):
     """`model`, on cuda with the BatchNorm statistics of whole batches. On a CPU torch has no such
     layer: each process has the statistics of its images, to be averaged by `average`."""
     if SIZE == 1:

@@ -10,7 +10,7 @@ import rng
 F32 = torch.zeros(())
 
 
-def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, seed=0, checks=6):
+def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, seed=0):
     """The k eigenpairs largest in magnitude of the symmetric matrix v -> matvec(v), (dim,).
 
     Returns eigenvalues, (k,), largest magnitude first; orthonormal eigenvectors, (k, dim), whose
@@ -19,7 +19,7 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
     rounding. It ends when all have, or after `max_products` (15 k unless given), all in memory.
 
     Lanczos' method may miss copies of a multiple eigenvalue. Hence when all pairs have converged,
-    `checks` products start from a new random direction: if a copy appears, the search goes on.
+    six products start from a new random direction: if a copy appears, the search goes on.
     """
     steps = min(dim, max_products or 15 * k)
     space = Krylov(matvec, rng.unit_vector(dim, like, seed, 0), steps, seed)
@@ -30,7 +30,7 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
             continue
         before = values
         space.rest.append((0, space.random()))
-        for _ in range(min(checks, steps - space.size)):
+        for _ in range(min(6, steps - space.size)):
             space.step(latest=True)
         values, S, norms = space.ritz(k)
         all_found = torch.allclose(values, before, tol, rounding(values, like.dtype))

@@ -71,17 +71,17 @@ def evaluate(model, x, y, e, args):
     warnings = masking.signs(model, x, y, e.robust, args.batch_size)
     for sentence in warnings.values():
         print(f'warning: {sentence}')
-    if warnings != e.result.get('warnings'):  # another command may be done with the same file
+    if warnings != e.result.get('warnings'):
         e.result['warnings'] = warnings
         record.save(e.json, e.result)
 
 
-def keep(e, key, robust, began, **settings):
+def keep(e, key, robust, began, **more):
     """Adds a column and the worst case of all columns so far, and writes the result."""
     e.robust[key] = robust.cpu().numpy()
     columns = e.result['columns']
     seconds = round(time.monotonic() - began, 1)
-    columns[key] = summary(e.robust[key], seconds=seconds, **settings)
+    columns[key] = summary(e.robust[key], seconds=seconds, **more)
     worst = np.logical_and.reduce(list(e.robust.values()))
     columns['worst'] = summary(worst, settings={'of': '+'.join(e.robust)})
     record.save(e.npz, {'index': e.index, 'worst': worst, **e.robust})
@@ -122,11 +122,11 @@ def attacks_of(table, config, eps):
     return attacks
 
 
-def summary(robust, **settings):
-    """A column of the result: the error, its 95 % interval (Wilson 1927) and the `settings`."""
+def summary(robust, **more):
+    """A column of the result: the error, its 95 % interval (Wilson 1927), and `more`."""
     found = scipy.stats.binomtest(int((~robust).sum()), len(robust))
     interval = list(found.proportion_ci(method='wilson'))
-    return {'error': found.statistic, 'interval': interval, **settings}
+    return {'error': found.statistic, 'interval': interval, **more}
 
 
 def format_row(key, column, dataset):
@@ -172,12 +172,12 @@ def evaluate_group(paths, dataset, eps, members, args):
     index = data.subset(len(x), args.n_examples)
     metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}
     metadata |= {'eps': eps, 'seed': args.seed, 'n': len(index), 'n_test': len(x)}
-    stem, table, tag = 'evaluate', {key: attack.ATTACKS[key] for key in args.attacks}, None
+    stem, table = 'evaluate', {key: attack.ATTACKS[key] for key in args.attacks}
     if args.standard:
         stem, table = 'evaluate_standard', attack.STANDARD
         metadata['standard'] = True
     if args.precision == 'tf32':
-        tag = ''
+        stem += '_tf32'
         metadata['precision'] = 'tf32'
     model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
     layout = fast.memory_format(args.device, args.precision)
@@ -186,7 +186,7 @@ def evaluate_group(paths, dataset, eps, members, args):
     if len({str(data.pgd_settings(config, eps)) for config in configs}) > 1:
         config = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks_of(table, config, eps))
-    e.json = analysis.output(e, stem, args, tf32=tag)
+    e.json = analysis.output(e, stem, args)
     e.npz = e.json.with_suffix('.npz')
     print(
         f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '

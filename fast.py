@@ -1,4 +1,4 @@
-"""The same functions at less cost: folded BatchNorm, memory layouts, the PGD loop as a CUDA graph.
+"""Networks and PGD at less cost: folded BatchNorm, memory layouts, the PGD loop as a CUDA graph.
 
 Only scripts use `folded` and `Adversary`; models.py and attack.py do not depend on them.
 """
@@ -175,13 +175,13 @@ class Adversary:
     of each shape; budgets are tensors in it, so that schedules can change them. Nothing waits for
     the device: values are not checked, but `nan` tells if a loss or gradient has been nan.
 
-    `compiled` is applied to the network (torch.compile), `captured` to the loop, a function without
+    `compiled` is applied to the network (torch.compile), `capture` to the loop, a function without
     arguments; by default this is `fast.captured` on cuda and nothing elsewhere. Where it fails, the
     loop runs as it is. For autocast to `dtype` the weights of convolutions are cast beforehand.
     """
 
-    def __init__(self, model, n_iter, x, *, compiled=None, captured=None, dtype=torch.float32):
-        self.model, self.n_iter, self.captured = model, n_iter, captured
+    def __init__(self, model, n_iter, x, *, compiled=None, capture=None, dtype=torch.float32):
+        self.model, self.n_iter, self.capture = model, n_iter, capture
         self.loops = {}  # shape of x -> what loop(x, y) returns
         self.nan = flag(x)
         self.folded = folded(model, x)
@@ -217,7 +217,7 @@ class Adversary:
                 tensors = s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size
                 self.nan |= pgd_loop(self.network, *tensors, self.n_iter, s.width)
 
-        capture = self.captured or (captured if x.is_cuda else lambda run: run)
+        capture = self.capture or (captured if x.is_cuda else lambda run: run)
         try:
             return s, capture(run)
         except RuntimeError as error:  # cuda's and torch's

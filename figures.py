@@ -78,7 +78,7 @@ def by_eps(runs, name):
     return groups
 
 
-def by_seed(frame, group, x, *needed):
+def by_column(frame, group, x, *needed):
     """[(label, colour, rows over x of each seed)] for each value in the column `group`."""
     groups = []
     for i, (label, rows) in enumerate(frame.dropna(subset=needed).groupby(group)):
@@ -121,12 +121,13 @@ def curves(groups, panels):
 
 
 def planes(groups):
-    """Figure 12: the loss of a run at each eps in the plane of two directions, on one scale."""
+    """Figure 12: the loss of the first run at each eps in the plane of two directions, on one
+    scale. Planes of several runs have no mean."""
     figure = Figure(figsize=(3.4 * len(groups) + 1, 3.4))
     points = [pd.DataFrame(own[0].surface['points']) for *_, own in groups]
     levels = np.linspace(0, max(table['loss'].max() for table in points), 25)
-    for i, ((label, *_), table) in enumerate(zip(groups, points)):
-        ax = figure.add_subplot(1, len(groups), i + 1)
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for ax, (label, *_), table in zip(axes, groups, points):
         filled = ax.tricontourf(table['a'], table['b'], table['loss'], levels=levels)
         ax.set(xlabel='a', ylabel='b', title=label.split('\n')[0])
     figure.colorbar(filled, ax=figure.axes, label=LOSS)
@@ -216,23 +217,21 @@ def pictures(study):
     frame = study.frame
     if study.kind == 'budget':
         for name, (seen, result, *panels) in BUDGET.items():
-            groups = by_eps(study.runs, result)
-            if name == 'fig12':  # planes cannot be averaged
-                groups = [(label, color, own[:1]) for label, color, own in groups]
-            yield name, seen, groups, panels
+            yield name, seen, by_eps(study.runs, result), panels
     elif study.kind == 'rate':
         line = operator.itemgetter('pgd')
         panels = [('learning rate', 'robust test error (PGD)', 'linear', line)]
-        warm = frame['kind'].str.startswith('lr')
-        groups = by_seed(frame[~warm], 'kind', 'lr', 'pgd')
+        warm = frame['schedule'].str.startswith('lr')
+        groups = by_column(frame[~warm], 'schedule', 'lr', 'pgd')
         yield 'fig5', 'Robust errors of schedules of eps over the learning rate.', groups, panels
-        groups = by_seed(frame, 'kind', 'lr', 'pgd') if warm.any() else []
+        groups = by_column(frame, 'schedule', 'lr', 'pgd') if warm.any() else []
         yield 'c23', 'The same, with warm-ups of the learning rate.', groups, panels
     else:
         dead = [name for name in frame if name.startswith('dead ')]
         panels = [('width', name, 'linear', operator.itemgetter(name)) for name in dead]
         budgets = [f'eps {data.show_eps(eps, study.dataset)}' for eps in frame['eps']]
-        groups = by_seed(frame.assign(budget=budgets), 'budget', 'width', *dead) if dead else []
+        frame = frame.assign(budget=budgets)
+        groups = by_column(frame, 'budget', 'width', *dead) if dead else []
         seen = 'Shares of units that no training image activates. No dot: not measured.'
         yield 'c24', seen, groups, panels
 

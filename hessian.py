@@ -114,8 +114,8 @@ def loss_normalizer(run, seed):
 
 def analyze(run, args):
     """Computes the missing parts of the run's result, prints it and returns its path."""
-    path = analysis.output(run, 'hessian', args, power='' if args.solver == 'power' else None)
-    vectors_path = path.with_suffix('.pt')
+    stem = 'hessian_power' if args.solver == 'power' else 'hessian'
+    path = analysis.output(run, stem, args)
     dim, like = sum(p.numel() for p in run.model.parameters()), run.x.new_zeros(())
     if args.k > min(dim, args.max_products):
         raise ValueError(f'--k {args.k}: {dim:,} parameters, {args.max_products} products at most')
@@ -140,14 +140,13 @@ def analyze(run, args):
             H()  # its time is not the solver's
             began = time.monotonic()
             options = {'tol': args.tol, 'max_products': args.max_products}
-            solver = SOLVERS[args.solver]
-            found = solver(matvec, dim, args.k, like=like, seed=args.seed, **options)
-            values, residuals, converged = (found[i].tolist() for i in (0, 2, 3))
-            eigen = {'values': values, 'residuals': residuals, 'converged': converged}
-            eigen |= {'solver': args.solver, 'k': args.k, **options, 'products': bar.n}
-            result['eigen'] = eigen | {'seconds': round(time.monotonic() - began, 1)}
-            vectors = {'vectors': found[1].cpu(), 'values': values, 'digest': result['digest']}
-            record.save(vectors_path, vectors)
+            found = SOLVERS[args.solver](matvec, dim, args.k, like=like, seed=args.seed, **options)
+            values, vectors, residuals, converged = found
+            eigen = {'values': values.tolist(), 'residuals': residuals.tolist()}
+            eigen |= {'converged': converged.tolist(), 'solver': args.solver, 'k': args.k}
+            eigen |= options | {'products': bar.n, 'seconds': round(time.monotonic() - began, 1)}
+            result['eigen'] = eigen
+            record.save(path.with_suffix('.pt'), {'vectors': vectors.cpu()})
             record.save(path, result)
         for part, n, draw in (
             ('random_losses', args.draws, functools.partial(loss_normalizer, run)),
@@ -165,7 +164,8 @@ def analyze(run, args):
 
 
 def has_pairs(result, args):
-    """Whether the result has the eigenpairs that are asked for, or more, or more exact ones."""
+    """Whether the result has the eigenpairs that are asked for, or has looked for them long enough:
+    with as many products."""
     eigen = result.get('eigen', {'k': 0})
     if eigen['k'] < args.k or eigen['tol'] > args.tol:
         return False

@@ -1,6 +1,7 @@
 """How loss and adversarial examples change as the parameters move.
 
-Each command writes RUN/<command>*.json; given again, it resumes. Eigenvectors are hessian.py's.
+Each command writes RUN/<command>*.json; given again, it resumes, but for `dead`, which is quick.
+Eigenvectors are hessian.py's.
 """
 
 import argparse
@@ -148,14 +149,14 @@ def connect(run, args):
     alike = [(e.metadata['dataset'], e.eps, [p.shape for p in e.model.parameters()]) for e in ends]
     if run.metadata['digest'] == other.metadata['digest'] or alike[0] != alike[1]:
         raise ValueError(f'{args.run}, {args.other}: no two networks of one shape, dataset and eps')
-    path = analysis.output(run, f'connect_{other.folder.resolve().name}', args)
+    file = analysis.output(run, f'connect_{other.folder.resolve().name}', args)
     metadata = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
     settings = 'n_control', 'epochs', 'lr', 'train_batch_size'
     metadata |= {name: vars(args)[name] for name in settings}
     line = torch.stack([analysis.flat(end.model.parameters()) for end in ends])
     share = torch.arange(args.n_control).to(line)[:, None] / (args.n_control - 1)
     curves = {'line': line, 'bezier': (1 - share) * line[0] + share * line[1]}
-    losses = train_curve(curves['bezier'], run, args, metadata, path.with_suffix('.pt'))
+    losses = train_curve(curves['bezier'], run, args, metadata, file.with_suffix('.pt'))
 
     def compute(path, t):
         vector_to_parameters(bezier(t, curves[path])[0], run.model.parameters())
@@ -166,17 +167,17 @@ def connect(run, args):
 
     ticks = [i / max(1, args.points - 1) for i in range(args.points)]
     keys = [{'path': path, 't': t} for path in curves for t in ticks]
-    result = compute_missing(path, metadata, keys, compute, args)
+    result = compute_missing(file, metadata, keys, compute, args)
     points = pandas.DataFrame(result['points']).sort_values('t')
     table = points.groupby('path')['loss'].agg(['first', 'last', 'max'])
     table['barrier'] = table['max'] - table[['first', 'last']].max(axis=1)
     print(table)
     result |= {'barriers': table['barrier'].to_dict(), 'train_losses': losses, 'complete': True}
-    record.save(path, result)
-    return path
+    record.save(file, result)
+    return file
 
 
-def dead_units(model, x, batch_size=250):
+def dead_units(model, x, batch_size):
     """The model's predictions on x, and which units of each ReLU (channels or neurons) no image
     activates, (units,) bool. A ReLU is named after the last layer with parameters before it."""
     names = {p: name.rpartition('.')[0] or 'input' for name, p in model.named_parameters()}

@@ -32,7 +32,7 @@ def replace(path, write):
     """Calls write(file) on a new binary file, syncs it to disk and moves it to `path` in one step.
     Of several processes the first one writes, once all are here."""
     path = pathlib.Path(path)
-    temporary = path.with_name(f'.{path.name}.tmp')  # no clash: the writer holds the folder's lock
+    temporary = path.with_name(f'.{path.name}.tmp')  # no clash: writers hold the folder's lock
     distributed.wait()
     if distributed.RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,7 +37,7 @@ def read(folder, defaults):
     config = defaults | record.load_config(folder)
     log = record.load(folder / 'log.jsonl') if (folder / 'log.jsonl').exists() else []
     digests = [row['digest'] for row in log if 'digest' in row]
-    finished = len(digests) == len(config['periods'])
+    finished = len(digests) == len(config['periods'])  # a report needs no weights
     own = {'eps': config['eps'], 'digest': (digests or [None])[-1], 'complete': True}
 
     def load(name):
@@ -48,7 +48,8 @@ def read(folder, defaults):
 
     run = SimpleNamespace(path=folder, config=config, digest=own['digest'])
     run.diverged = (folder / 'diverged.json').exists()
-    run.log, rows = log * finished, sum(load('trace'), [])
+    run.log = log if finished else []
+    rows = [row for trace in load('trace') for row in trace]
     run.trace = {'n': min(config['trace'], max(1, len(rows) // 2)), 'rows': rows} if rows else None
     for name in ANALYSES:
         results = [result for result in load(name) if own.items() <= result.items()]
@@ -117,9 +118,8 @@ def write(args, runs, studies):
     judged, numbers = claims.table(found), tables.make(frame, settings, errors)
     said_once = judged.copy()
     said_once.loc[judged['claim'].duplicated(), ['claim', 'in the paper']] = ''
-    sessions = [
-        s for run in runs for made in (run.config, *run.evaluations) for s in made['provenance']
-    ]
+    results = [result for run in runs for result in (run.config, *run.evaluations)]
+    sessions = [session for result in results for session in result['provenance']]
     made = {f'- commit {s["commit"]}, torch {s["torch"]}, {s["device"]}\n' for s in sessions}
     with record.lock(args.out):
         shown = figures.draw(studies, theory, args.out)
@@ -153,10 +153,10 @@ def main(argv=None):
     defaults, runs = train.config_of([]), {}
 
     def load(paths):
-        paths = {path.resolve(): path for path in record.find_runs(paths)}
-        for key in paths:
-            runs[key] = runs.get(key) or read(paths[key], defaults)
-        return [runs[key] for key in paths]
+        found = {path.resolve(): path for path in record.find_runs(paths)}
+        for key, path in found.items():
+            runs[key] = runs.get(key) or read(path, defaults)
+        return [runs[key] for key in found]
 
     load(args.runs or pathlib.Path().glob('ckpts'))
     groups = [(kind, load(paths)) for kind in STUDIES for paths in getattr(args, kind)]

@@ -18,7 +18,7 @@ def uniform(name, seed, index, shape, like, stream=0):
     key = splitmix64(splitmix64(key) + stream)
     counter = torch.arange(1, math.prod(shape) + 1, device=like.device)
     bits = splitmix64(key[..., None] + counter * -0x61C8864680B583EB)
-    return ((bits >> 40) & 0xFFFFFF).to(like.dtype).mul_(2**-24).reshape(*key.shape, *shape)
+    return shift(bits, 40).to(like.dtype).mul_(2**-24).reshape(*key.shape, *shape)
 
 
 def fold_in(*words):
@@ -46,7 +46,12 @@ def signs(dim, like, *words):
 
 
 def splitmix64(z):
-    """SplitMix64's output function on int64 words; products wrap, masks make the shifts logical."""
-    z = (z ^ (z >> 30) & (1 << 34) - 1) * -0x40A7B892E31B1A47
-    z = (z ^ (z >> 27) & (1 << 37) - 1) * -0x6B2FB644ECCEEE15
-    return z ^ (z >> 31) & (1 << 33) - 1
+    """SplitMix64's output function on int64 words, whose products wrap."""
+    z = (z ^ shift(z, 30)) * -0x40A7B892E31B1A47
+    z = (z ^ shift(z, 27)) * -0x6B2FB644ECCEEE15
+    return z ^ shift(z, 31)
+
+
+def shift(z, n):
+    """int64 words, as unsigned ones, shifted right by n bits."""
+    return (z >> n) & (2 ** (64 - n) - 1)

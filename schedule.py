@@ -23,8 +23,8 @@ LR_SCHEDS = {
 
 
 def progress(epoch, periods, ahead=0.0):
-    """t in [0, 1) at `epoch`, counted from 0 and possibly fractional; or at most 1, `ahead` epochs
-    later in the same period. `periods` are their lengths; ValueError for an epoch outside."""
+    """t in [0, 1) at `epoch`, from 0 on and possibly fractional, in `periods` of these lengths;
+    with `ahead`, t so many epochs later: 1 where the period ends. ValueError for other epochs."""
     start = 0
     for length in periods:
         if start <= epoch < start + length:
@@ -33,7 +33,7 @@ def progress(epoch, periods, ahead=0.0):
     raise ValueError(f'epoch {epoch} is outside of the periods {list(periods)}')
 
 
-def thirds(epochs):
+def three_periods(epochs):
     """The paper's three periods: a half, then two quarters of the epochs; 200 -> [100, 50, 50]."""
     if epochs < 4:
         raise ValueError(f'three periods need at least 4 epochs, got {epochs}')
@@ -54,5 +54,5 @@ def lr_at(t, kind, lr):
 
 def warmup_at(t, share):
     """The factor of the learning rate that rises linearly from 0 to 1 over the first `share` of a
-    period (Appendix C.2.3). t is that at the end of an update, so that the first has no rate 0."""
+    period (C.2.3). t is that at the end of a step of the clock, so that none has rate 0."""
     return min(t / share, 1.0) if share else 1.0

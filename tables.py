@@ -68,8 +68,8 @@ def evaluated(runs):
             settings, errors = settings | typed, errors | found
     frame = pd.DataFrame(rows.values(), columns=[*MORE, *settings, *errors])
     frame = frame.astype(dict.fromkeys(errors, float) | {'full': bool})
-    last = [name for name in errors if name in ('worst case', 'AutoAttack')]
-    return frame, list(settings), [*(name for name in errors if name not in last), *last]
+    last = 'worst case', 'AutoAttack'
+    return frame, list(settings), sorted(errors, key=lambda name: name in last)
 
 
 def row_of(run, result):
@@ -80,12 +80,14 @@ def row_of(run, result):
     typed |= {'test images': result['n'], 'attack seed': result['seed']}
     typed |= {'attack precision': result['precision']} if 'precision' in result else {}
     training = data.pgd_settings(config, config['eps'])
-    for key in attacks:
-        by = 'training' if attacks[key] == training else attacks[key]
-        typed[f'{attack.title(key)} by'] = by
+    for key, by in attacks.items():
+        typed[f'{attack.title(key)} by'] = 'training' if by == training else by
     typed = {name: data.show(name, typed[name], config['dataset']) for name in typed}
-    complete = claims.ATTACKS.keys() <= attacks.keys()
-    names = ['clean', *attacks] + ['worst'] * complete + ['standard'] * ('standard' in columns)
+    names = ['clean', *attacks]
+    if claims.ATTACKS.keys() <= attacks.keys():
+        names.append('worst')
+    if 'standard' in columns:
+        names.append('standard')
     errors = {attack.title(key): 100 * columns[key]['error'] for key in names}
     full = of_paper(config) and result['n'] == result['n_test']
     for key in claims.ATTACKS.keys() & attacks:
@@ -95,7 +97,7 @@ def row_of(run, result):
         'full': full,
         'constant': run.constant,
         'experiment': claims.experiment(config, full),
-        'periodic': 'yes' if len(config['periods']) > 1 else 'no',
+        'periodic': periodic(config),
         'minutes': sum(epoch['seconds'] for epoch in run.log) / 60,
         'gib': max((epoch.get('gib', np.nan) for epoch in run.log), default=np.nan),
     }
@@ -104,17 +106,23 @@ def row_of(run, result):
 
 def of_paper(config, varied=frozenset()):
     """Whether a config is, whole, that of a row of Table 1, but for precision and `varied`."""
-    periodic = 'yes' if len(config['periods']) > 1 else 'no'
-    row = config['dataset'], config['model'], periodic, config['eps_sched']
-    if row not in claims.PAPER.index:
+    dataset, model, sched = config['dataset'], config['model'], config['eps_sched']
+    if (dataset, model, periodic(config), sched) not in claims.PAPER.index:
         return False
-    flags = ['--dataset', row[0], '--model', row[1], '--eps-sched', row[3]]
-    flags += ['--periodic'] * (periodic == 'yes')
-    flags += ['--eps', repr(config['eps'])] * ('eps' in varied)  # which brings its steps along
+    flags = ['--dataset', dataset, '--model', model, '--eps-sched', sched]
+    if periodic(config) == 'yes':
+        flags.append('--periodic')
+    if 'eps' in varied:
+        flags += ['--eps', repr(config['eps'])]  # which brings its steps along
     paper = train.config_of(flags)
-    free = FREE | {'precision'} | varied & {'lr', 'lr_warmup', 'width'}
+    free = FREE | {'precision'} | (varied & {'lr', 'lr_warmup', 'width'})
     config = paper | config  # what an older one lacks counts as its default
-    return all(config[name] == paper.get(name, ...) for name in config.keys() - free)
+    return all(name in paper and config[name] == paper[name] for name in config.keys() - free)
+
+
+def periodic(config):
+    """Whether a run has several periods, as table1.txt writes it."""
+    return 'yes' if len(config['periods']) > 1 else 'no'
 
 
 def notation(values):
@@ -140,7 +148,7 @@ def cells(own, errors, paper=()):
     n, constant = len(own), int(own['constant'].sum())
     cost = {'minutes': own['minutes'].mean(), 'GiB': own['gib'].max()}
     row |= {'runs': n} | {k: '—' if np.isnan(cost[k]) else f'{cost[k]:.1f}' for k in cost}
-    return row | {'note': f'{constant} of {n} constant classifiers' * bool(constant)}
+    return row | {'note': f'{constant} of {n} constant classifiers' if constant else ''}
 
 
 def ensembles():
@@ -165,7 +173,9 @@ def columns_of(result):
 
 
 def markdown(heading, frame):
-    """A frame as a table of Markdown."""
+    """A frame as a table of Markdown, nothing without rows."""
+    if not len(frame):
+        return ''
     rows = [frame.columns, ['---'] * len(frame.columns), *frame.fillna('—').values]
     lines = [f'| {" | ".join(map(str, row))} |\n' for row in rows]
-    return f'{heading}\n\n{"".join(lines)}\n' * (len(frame) > 0)
+    return f'{heading}\n\n{"".join(lines)}\n'

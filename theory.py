@@ -51,9 +51,9 @@ def proposition_1(x, y, draws):
 
 
 def theorem_1(x, y, draws):
-    """What the best of gamma W gains over 0 in the loss over the whole ball around x, (m,): the
-    most at ||x||_inf, 1.5 ||x||_inf and just above constant_eps(W), at most 0 if the theorem holds;
-    and the least just below constant_eps(W), above 0 if no smaller eps suffices."""
+    """How much the best multiple of each of the models `draws` gains over 0 in the loss at worst in
+    the ball around x, (m,): the most at ||x||_inf, 1.5 ||x||_inf and just above constant_eps, which
+    is at most 0 if the theorem holds; the least just below, above 0 if no smaller eps suffices."""
     gammas = [sign * 10.0**i for i in range(-8, 1) for sign in (-1, 1)]
 
     def gain(W, eps):
@@ -76,18 +76,18 @@ def adversarial_log_loss(theta, z, eps):
     return F.softplus(theta * worst), torch.sigmoid(theta * worst) * worst
 
 
-def theorem_2(eps, gammas, seed, n=100, n_runs=20, n_steps=10000):
+def theorem_2(eps, gammas, seed, n_runs=20, n_steps=10000):
     """For each gamma the share of SGD's iterates with |gradient of L_eps| > gamma eps L_theta_x and
-    its bound (Eq. 4), in logistic regression on Gaussian z. L_theta_theta is max |z'|^2 / 4,
+    its bound (Eq. 4), in logistic regression on 100 Gaussian z. L_theta_theta is max |z'|^2 / 4,
     L_theta_x max_u |sigmoid(u) + u sigmoid'(u)|, the step 1 / (L_theta_theta sqrt(n_steps))."""
     generator = rng.generator(seed, 7)
-    z = 0.5 + torch.randn(n, generator=generator, dtype=torch.float64)
+    z = 0.5 + torch.randn(100, generator=generator, dtype=torch.float64)
     u = torch.linspace(0, 10, 100001, dtype=torch.float64)
     mixed = (torch.sigmoid(u) + u * torch.sigmoid(u) * torch.sigmoid(-u)).max().item()
     step = 4 / ((z.abs().max().item() + eps) ** 2 * math.sqrt(n_steps))
     theta = torch.linspace(-5, 5, n_runs, dtype=torch.float64)
     norms = torch.empty(n_steps, n_runs, dtype=torch.float64)
-    for norm, drawn in zip(norms, torch.randint(n, (n_steps, n_runs), generator=generator)):
+    for norm, drawn in zip(norms, torch.randint(100, (n_steps, n_runs), generator=generator)):
         norm[:] = adversarial_log_loss(theta[:, None], z, eps)[1].mean(1).abs()
         theta = theta - step * adversarial_log_loss(theta, z[drawn], eps)[1]
     points = []

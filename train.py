@@ -137,7 +137,7 @@ def train(c, state, folder, args):
     torch.manual_seed(c.seed)
     model = models.build(c.model, data.DATASETS[c.dataset], c.width)
     model = model.to(device, memory_format=fast.memory_format(device, c.precision))
-    model = distributed.synchronised(model, device)
+    model = distributed.synchronized(model, device)
     theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
     optimizer = build_optimizer(model, c)
     log, trace = [], []
@@ -161,7 +161,7 @@ def train(c, state, folder, args):
             start = time.monotonic()
             try:
                 with fast.tf32(c.precision != 'fp32'):
-                    row, rows = train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar)
+                    row, new = train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar)
                 distributed.average(*model.buffers())
                 with fast.tf32(False):
                     row |= validate(folded, x_test, y_test, index, c)
@@ -170,7 +170,7 @@ def train(c, state, folder, args):
                 return
             cost = {'seconds': round(time.monotonic() - start, 2), 'gib': peak_memory(device)}
             log.append({'epoch': epoch + 1} | row | cost)
-            trace += rows
+            trace += new
             bar.write(format_epoch(log[-1], c))
             save_checkpoint(folder, c, model, optimizer, log, trace)
             late = args.minutes is not None and time.monotonic() - began > 60 * args.minutes
@@ -245,7 +245,7 @@ def settings(args):
     if c.width is None:
         c.width = models.MODELS[c.model].default_width
     if not c.periods:
-        c.periods = schedule.thirds(c.epochs) if args.periodic else [c.epochs]
+        c.periods = schedule.three_periods(c.epochs) if args.periodic else [c.epochs]
     elif args.periodic or args.epochs not in (None, sum(c.periods)):
         raise ValueError('--periods already sets the epochs; leave out --periodic and --epochs')
     c.epochs = sum(c.periods)

@@ -293,7 +293,7 @@ def test_three_seeds_are_a_mean_in_a_band_and_two_are_two_curves():
 
 def test_what_was_not_measured_has_no_dot_but_0_has_one():
     numbers = {'budget': ['a', 'a', 'b'], 'width': [1, 4, 4], 'dead': [0.0, 0.5, 0.0]}
-    groups = figures.by_seed(pd.DataFrame({'seed': 0} | numbers), 'budget', 'width', 'dead')
+    groups = figures.by_column(pd.DataFrame({'seed': 0} | numbers), 'budget', 'width', 'dead')
     (ax,) = figures.curves(groups, [('width', 'dead', 'linear', lambda rows: rows['dead'])]).axes
     assert [list(line.get_xydata().ravel()) for line in ax.lines] == [[1, 0, 4, 0.5], [4, 0]]
     assert all(line.get_marker() == 'o' for line in ax.lines)

@@ -127,7 +127,7 @@ def test_training_mixes_no_devices(scene):
     model, x, y = scene
     c = train.config_of('--dataset cifar10 --periods 1 --batch-size 4 --n-iter 2 --trace 1'.split())
     c, theta_0 = mock.Mock(**c), [theta.detach().clone() for theta in model.parameters()]
-    adversary, optimizer = fast.Adversary(model, 2, x, captured=lambda f: f), torch.optim.SGD
+    adversary, optimizer = fast.Adversary(model, 2, x, capture=lambda f: f), torch.optim.SGD
     optimizer = optimizer(model.parameters(), 0.1)
     row, _ = train.train_epoch(model, adversary, optimizer, x, y, c, 0, theta_0, mock.Mock())
     assert row['loss'] > 0

@@ -213,7 +213,7 @@ def test_a_loop_is_captured_once_for_each_shape_and_replayed_for_each_batch():
         return lambda: replays.append(run())
 
     (model, x), y, captures, replays, results = network('lenet'), torch.arange(3), [], [], []
-    adversary = fast.Adversary(model, 2, x, captured=captured)
+    adversary = fast.Adversary(model, 2, x, capture=captured)
     for n, eps in (3, 0.1), (3, 0.2), (2, 0.2), (3, 0.05), (2, 0.3):
         found = adversary(x[:n], y[:n], eps, eps / 4, seed=n)
         results.append((found, attack.pgd(model, x[:n], y[:n], eps, eps / 4, 2, seed=n)))
@@ -226,7 +226,7 @@ def test_without_a_graph_the_loop_runs_as_it_is_and_says_so():
         raise RuntimeError('CUDA error: operation not permitted when stream is capturing\nCompile')
 
     (model, x), y = network('lenet'), torch.arange(3)
-    adversary = fast.Adversary(model, 2, x, captured=captured)
+    adversary = fast.Adversary(model, 2, x, capture=captured)
     with pytest.warns(UserWarning, match='no CUDA graph.*: CUDA error: .* is capturing$'):
         found = adversary(x, y, 0.1, 0.05)
     assert torch.allclose(found, attack.pgd(model, x, y, 0.1, 0.05, 2))
@@ -257,7 +257,7 @@ def test_in_bf16_no_step_of_an_attack_casts_weights():
 def test_nan_logits_show_in_the_total_and_the_trial_of_a_capture_does_not(monkeypatch):
     monkeypatch.setattr(torch, 'empty_like', lambda x: torch.full_like(x, torch.nan))
     (model, x), y = network('constants'), torch.arange(3)
-    adversary = fast.Adversary(model, 2, x, captured=lambda run: run() or run)
+    adversary = fast.Adversary(model, 2, x, capture=lambda run: run() or run)
     adversary(x, y, 0.1, 0.05)
     assert not adversary.nan
     for variance in -1, 1:  # the check comes many batches later

@@ -35,10 +35,12 @@ def test_progress_refuses_epochs_outside_of_the_periods():
 
 
 def test_three_periods_are_a_half_and_two_quarters():
-    assert schedule.thirds(200) == [100, 50, 50]
-    assert all(sum(schedule.thirds(n)) == n and min(schedule.thirds(n)) >= 1 for n in range(4, 60))
+    assert schedule.three_periods(200) == [100, 50, 50]
+    for n in range(4, 60):
+        periods = schedule.three_periods(n)
+        assert sum(periods) == n and min(periods) >= 1
     with pytest.raises(ValueError, match='3'):
-        schedule.thirds(3)
+        schedule.three_periods(3)
 
 
 def test_learning_rates_by_hand():
