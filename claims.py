@@ -70,7 +70,8 @@ def finding(claim, full, experiment, values, unit='seed', untrained=0, count=Fal
     ours = ', '.join(f'{value:g}' for value in values) if count else f'{np.mean(values):.3g}'
     if count and n >= 3:
         low, high = min(values), max(values)
-    elif not count and n >= 2 and np.ptp(values):  # equal values would give an interval of width 0
+    # equal values, but for rounding, would give an interval of width 0
+    elif not count and n >= 2 and not np.allclose(values, np.mean(values)):
         low, high = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values))
         ours += f' ({low:.3g} to {high:.3g})'
     verdict = 'inconclusive'

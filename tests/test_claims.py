@@ -38,7 +38,8 @@ def test_the_interval_holds_the_truth_19_times_of_20(n):
 
 
 HOLDS = {'holds': [[5, 5.1], [2, 2.5, 3]], 'does not hold': [[-5, -5.1]]}
-HOLDS |= {'inconclusive': [[5], [5, -5], [5, 5], [1, 2, 3]]}  # equal ones, of few images, deceive
+# equal ones, of few images, deceive
+HOLDS |= {'inconclusive': [[5], [5, -5], [5, 5], [0.1 + 0.2, 0.3], [1, 2, 3]]}
 COUNTS = {'holds': [[1, 2, 1]], 'does not hold': [[0, 0, -1]], 'inconclusive': [[1, 2], [1, 0, 1]]}
 
 
