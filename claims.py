@@ -212,11 +212,13 @@ def of_rate(study):
         a, b = a.align(b, join='inner')
         where = f'{study.experiment} ({other} {eps}, rates: {a.shape[1]})'
         stuck = len(a) if schedules[name]['constant'].all() else 0
-        claim, count, more = 'warm-up', False, 100 * (a - b).mean(axis=1)
-        if not warm_up:  # a rate is usable if fewer than half of the images are misclassified
-            claim, count, more = 'rates', True, (b < 0.5).sum(axis=1) - (a < 0.5).sum(axis=1)
+        if warm_up:
+            claim, more = 'warm-up', 100 * (a - b).mean(axis=1)
+        else:  # a rate is usable if fewer than half of the images are misclassified
+            claim, more = 'rates', (b < 0.5).sum(axis=1) - (a < 0.5).sum(axis=1)
         if a.size:
-            yield finding(claim, study.full['pgd'], where, more, untrained=stuck, count=count)
+            full = study.full['pgd']
+            yield finding(claim, full, where, more, untrained=stuck, count=not warm_up)
 
 
 def of_width(study):
