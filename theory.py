@@ -120,7 +120,8 @@ def main(argv=None):
     curves = {str(eps): adversarial_log_loss(theta, 1.0, eps)[0].tolist() for eps in (0, 0.6, 1.2)}
     result['figure_1'] = {'theta': theta.tolist(), 'curves': curves}
     record.add_provenance(result, 'cpu')
-    record.save('evals/theory.json', result)
+    with record.lock('evals'):
+        record.save('evals/theory.json', result)
 
 
 if __name__ == '__main__':
