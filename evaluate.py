@@ -2,7 +2,7 @@
 
 `python evaluate.py RUN...` evaluates each run as the paper does: its last model, or the ensemble of
 its periods. `python evaluate.py --ensemble PATH...` makes one ensemble for each dataset and budget
-of all checkpoints and runs that are named or below the folders named. Each attack is saved when it
+of the checkpoints and runs named and of the runs below other folders. Each attack is saved when it
 is finished, and the same command resumes a killed evaluation. The result of a run is written to its
 folder, any other to evals/. An image that is misclassified when clean counts as not robust.
 """
@@ -43,7 +43,7 @@ def evaluate(model, x, y, e, args):
     columns, dataset = e.result['columns'], e.result['dataset']
     began = time.monotonic()
     if 'clean' not in columns:
-        keep(e, 'clean', correct(model, x, y, args.batch_size), began)
+        add_column(e, 'clean', correct(model, x, y, args.batch_size), began)
     print(format_row('clean', columns['clean'], dataset))
     for key, run_attack in e.attacks.items():
         settings = dict(run_attack.keywords)
@@ -63,7 +63,7 @@ def evaluate(model, x, y, e, args):
                 x_adv = run_attack(model, x[standing], y[standing], **options)
             robust = torch.zeros(len(x), dtype=torch.bool)
             robust[standing] = correct(model, x_adv, y[standing], args.batch_size).cpu()
-            keep(e, key, robust, began, settings=settings)
+            add_column(e, key, robust, began, settings=settings)
         print(format_row(key, columns[key], dataset))
     print(format_row('worst', columns['worst'], dataset))
     if args.standard:
@@ -76,7 +76,7 @@ def evaluate(model, x, y, e, args):
         record.save(e.json, e.result)
 
 
-def keep(e, key, robust, began, **more):
+def add_column(e, key, robust, began, **more):
     """Adds a column and the worst case of all columns so far, and writes the result."""
     e.robust[key] = robust.cpu().numpy()
     columns = e.result['columns']
@@ -164,10 +164,11 @@ def evaluate_group(paths, dataset, eps, members, args):
     configs, nets = zip(*members.values())
     digests = sorted(map(record.digest, files))
     folder = paths[0]
-    if args.ensemble or not folder.is_dir():
-        kind = 'ensemble' if args.ensemble else 'checkpoint'
+    if args.ensemble:
         name = hashlib.sha256(f'{digests} {dataset} {eps}'.encode()).hexdigest()[:10]
-        folder = pathlib.Path('evals', f'{kind}_{name}')
+        folder = pathlib.Path('evals', f'ensemble_{name}')
+    elif not folder.is_dir():
+        folder = pathlib.Path('evals', f'checkpoint_{digests[0][:10]}')
     _, _, x, y = data.load(dataset, args.data_dir, args.device)
     index = data.subset(len(x), args.n_examples)
     metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}

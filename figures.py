@@ -69,10 +69,10 @@ def by_eps(runs, name):
     groups = []
     for i, eps in enumerate(budgets):
         own = [run for run in runs if run.config['eps'] == eps and getattr(run, name)]
-        constant = sum(run.constant for run in own)
+        untrained = sum(run.untrained for run in own)
         label = f'eps {data.show_eps(eps, runs[0].config["dataset"])}'
-        if constant:
-            label += f'\n({constant} of {len(own)} constant)'
+        if untrained:
+            label += f'\n({untrained} of {len(own)} constant)'
         if own:
             groups.append((label, colormaps['viridis'](0.9 * i / len(budgets)), own))
     return groups

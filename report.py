@@ -54,8 +54,8 @@ def read(folder, defaults):
     for name in ANALYSES:
         results = [result for result in load(name) if own.items() <= result.items()]
         setattr(run, name, largest(results))
-    run.constant = 1 in [row['predicted_classes'] for row in (*run.log[-1:], run.dead) if row]
-    run.similarity = None if run.constant else run.similarity  # it has no adversarial examples
+    run.untrained = 1 in [row['predicted_classes'] for row in (*run.log[-1:], run.dead) if row]
+    run.similarity = None if run.untrained else run.similarity  # it has no adversarial examples
     found = {}  # images, seed and precision -> an evaluation; the standard one is a column of it
     for result in load('evaluate'):
         if sorted(result['digests']) == sorted(digests) and result['eps'] == config['eps']:
@@ -74,7 +74,7 @@ def make_study(kind, runs):
     ValueError names two runs that differ in what the study does not vary, or in nothing.
     """
     runs = sorted(map(copy.copy, runs), key=lambda run: (run.config['eps'], run.config['seed']))
-    first, unpaired = runs[0], {run.digest for run in runs if not run.constant}
+    first, unpaired = runs[0], {run.digest for run in runs if not run.untrained}
     check_alike(kind, runs)
     for run in runs:  # pairs that share a run are not independent
         if run.connect and (pair := {run.digest, run.connect['other']}) <= unpaired:
@@ -110,7 +110,8 @@ def check_alike(kind, runs):
 
 def write(args, runs, studies):
     """Writes all that `runs` and `studies` suffice for, and shows the tables and the verdicts."""
-    theory = record.load(args.theory) if args.theory.exists() else {}
+    path = pathlib.Path('evals/theory.json')
+    theory = record.load(path) if path.exists() else {}
     frame, settings, errors = tables.evaluated(runs)
     found = [*claims.of_table(frame, settings), *claims.of_theory(theory)]
     for study in studies:
@@ -147,7 +148,6 @@ def main(argv=None):
     for kind, varied in STUDIES.items():
         text = f'runs that differ in {", ".join(sorted(varied))} and seed'
         add(f'--{kind}', nargs='+', action='append', default=[], metavar='RUN', help=text)
-    add('--theory', default='evals/theory.json', type=pathlib.Path, help='what theory.py wrote')
     add('--out', default='results', type=pathlib.Path, help='folder to write to')
     args = parser.parse_args(argv)
     defaults, runs = train.config_of([]), {}

@@ -23,8 +23,8 @@ LR_SCHEDS = {
 
 
 def progress(epoch, periods, ahead=0.0):
-    """t in [0, 1) at `epoch`, from 0 on and possibly fractional, in `periods` of these lengths;
-    with `ahead`, t so many epochs later: 1 where the period ends. ValueError for other epochs."""
+    """Progress t in [0, 1) through the period that holds `epoch` (may be fractional); `periods` are
+    lengths. `ahead` adds epochs within that period. ValueError for an epoch outside of all."""
     start = 0
     for length in periods:
         if start <= epoch < start + length:
@@ -54,5 +54,5 @@ def lr_at(t, kind, lr):
 
 def warmup_at(t, share):
     """The factor of the learning rate that rises linearly from 0 to 1 over the first `share` of a
-    period (C.2.3). t is that at the end of a step of the clock, so that none has rate 0."""
+    period (C.2.3). t is taken at the end of a step of the clock, so that no step has rate 0."""
     return min(t / share, 1.0) if share else 1.0

@@ -13,7 +13,7 @@ import train
 
 FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # logging, and the luck of the draw
 NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
-MORE = 'seed', 'full', 'constant', 'experiment', 'periodic', 'minutes', 'gib'  # about each run
+MORE = 'seed', 'full', 'untrained', 'experiment', 'periodic', 'minutes', 'gib'  # about each run
 
 
 def make(frame, settings, errors):
@@ -21,7 +21,8 @@ def make(frame, settings, errors):
     full, others, found = frame[frame['full']], frame[~frame['full']], {}
     for precision in sorted({'fp32', *full['precision']}, reverse=True):
         runs = full[full['precision'] == precision]
-        found[f"Table 1 at the paper's size, {precision}"] = table_1(runs, errors)
+        heading = f"Table 1 at the paper's size, {precision}"
+        found[f"{heading}: ours / the paper's / deviations between"] = table_1(runs, errors)
     for _, runs in others.groupby(['model', 'dataset'], sort=False):
         heading, table = other_runs(runs, settings, errors)
         found[heading] = table
@@ -95,7 +96,7 @@ def row_of(run, result):
     more = {
         'seed': config['seed'],
         'full': full,
-        'constant': run.constant,
+        'untrained': run.untrained,
         'experiment': claims.experiment(config, full),
         'periodic': periodic(config),
         'minutes': sum(epoch['seconds'] for epoch in run.log) / 60,
@@ -145,10 +146,10 @@ def beside(values, theirs):
 def cells(own, errors, paper=()):
     """A row of a table that shows the evaluations `own`."""
     row = {n: beside(own[n], paper[n]) if n in paper else notation(own[n]) for n in errors}
-    n, constant = len(own), int(own['constant'].sum())
+    n, untrained = len(own), int(own['untrained'].sum())
     cost = {'minutes': own['minutes'].mean(), 'GiB': own['gib'].max()}
     row |= {'runs': n} | {k: '—' if np.isnan(cost[k]) else f'{cost[k]:.1f}' for k in cost}
-    return row | {'note': f'{constant} of {n} constant classifiers' if constant else ''}
+    return row | {'note': f'{untrained} of {n} constant classifiers' if untrained else ''}
 
 
 def ensembles():

@@ -72,7 +72,8 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
             loss, logits = training_loss(net, x_adv, x_batch, y_batch, c)
         optimizer.zero_grad()
         (loss * (counted / n)).backward()
-        distributed.total(*(theta.grad for theta in net.parameters() if theta.grad is not None))
+        grads = [theta.grad for theta in net.parameters() if theta.grad is not None]
+        distributed.total(*grads)
         wrong = (logits.argmax(1) != y_batch)[:counted].sum()
         loss_sum += loss.detach() * counted
         errors += wrong
@@ -80,9 +81,8 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         update = epoch * n_batches + i
         if c.trace and min(update, c.epochs * n_batches - 1 - update) < c.trace:
             distributed.total(wrong)
-            moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
-            grad_norm = norm(*(theta.grad for theta in net.parameters()))
-            trace.append((update, grad_norm, wrong / n, norm(*moved)))
+            moved = [theta.detach() - initial for theta, initial in zip(net.parameters(), theta_0)]
+            trace.append((update, norm(*grads), wrong / n, norm(*moved)))
         optimizer.step()
         if i % 50 == 0 or i == n_batches - 1:  # rarely, since it waits for the device
             sums = torch.stack([loss_sum, errors.to(loss_sum), adversary.nan.to(loss_sum)])
@@ -94,8 +94,10 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
             bar.set_postfix_str(f'epoch {epoch + 1}/{c.epochs} loss {mean_loss:.2f}', refresh=False)
         bar.update(n)
     row = {'t': t, 'eps': eps, 'lr': lr, 'loss': mean_loss, 'train_robust_error': error}
-    names = 'step', 'grad_norm', 'robust_error', 'distance'
-    return row, [dict(zip(names, (update, *map(float, numbers)))) for update, *numbers in trace]
+    return row, [
+        {'step': step, 'grad_norm': g.item(), 'robust_error': e.item(), 'distance': d.item()}
+        for step, g, e, d in trace
+    ]
 
 
 def clock(c, epoch, batch, n_batches):

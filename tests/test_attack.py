@@ -129,7 +129,7 @@ def test_the_seed_decides(run):
 
 
 @each
-@pytest.mark.parametrize('n', [0, 1, 7])
+@pytest.mark.parametrize('n', [1, 7])
 def test_any_number_of_images_is_attacked_all_wrong_or_none(run, n):
     model, x, y = lenet(n)
     assert run(model, x, y, 0.01, batch_size=3).shape == x.shape

@@ -50,7 +50,8 @@ class Labels(TorchDispatchMode):
             self.waits[name] += any(not self.of(i) or i.dtype == torch.bool for i in indices)
             tensors = [args[0], *args[2:3]]
         if name == 'copy_.default':
-            made, self.waits[name] = self.of(args[0]), self.waits[name] + len(found) - 1
+            made = self.of(args[0])
+            self.waits[name] += len(found) - 1  # a copy from one to the other
         elif True in found and any(
             (t.dim() or t is args[0]) and self.of(t) is False for t in tensors
         ):
@@ -104,6 +105,14 @@ def scene():
         model = models.build('resnet18', data.DATASETS['cifar10'], 2).to('cuda')
         x = torch.rand(6, 3, 32, 32, device='cuda')
         yield model, x, classifier.predict(model, x)
+
+
+def test_a_mixture_and_a_wait_are_seen(scene):
+    _, x, _ = scene
+    with pytest.raises(RuntimeError, match='mixes devices'):
+        x + torch.ones(6, 3, 32, 32)
+    LABELS.waits.clear()
+    assert x.sum().item() > 0 and +LABELS.waits
 
 
 def test_an_adversary_waits_for_nothing(scene, monkeypatch):

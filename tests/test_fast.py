@@ -1,6 +1,5 @@
 import copy
 import itertools
-import pickle
 
 import pytest
 import torch
@@ -145,14 +144,6 @@ def test_folding_and_attacking_leave_no_trace(name):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize('name', ['lenet', 'resnet18', 'constants', 'branching'])
-def test_a_model_that_was_folded_can_be_copied_and_pickled(name):
-    model, x = network(name)
-    fast.Adversary(model, 2, x)(x, torch.arange(3), 0.1, 0.05)
-    assert same_function(model, copy.deepcopy(model), x)
-    assert same_function(model, pickle.loads(pickle.dumps(model)), x)
-
-
 def test_convolutions_of_every_kind_keep_their_function_and_gradient():
     convs = [nn.Conv2d(1, 6, 5, padding=2), nn.Conv2d(3, 6, 3, padding=1)]
     convs += [nn.Conv2d(2, 6, (3, 5), 1, (1, 2)), nn.Conv2d(2, 6, (3, 5), 1, (1, 4))]
@@ -178,12 +169,6 @@ def test_tf32_gives_back_what_it_borrowed():
             assert state() == (allowed, precision)
             raise KeyError
     assert state() == before
-
-
-def test_only_float32_on_cuda_is_nchw():
-    for device, precision in itertools.product(('cpu', 'cuda:1'), ('fp32', 'tf32', 'bf16')):
-        nchw = fast.memory_format(device, precision) == torch.contiguous_format
-        assert nchw == (device == 'cuda:1' and precision == 'fp32')
 
 
 class NoWaiting(TorchFunctionMode):  # what would make the host wait for a device is an error

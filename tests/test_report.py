@@ -4,7 +4,6 @@ import math
 import re
 import statistics
 
-import pandas as pd
 import pytest
 
 import attack
@@ -109,11 +108,6 @@ def read_tables(path):
             head, _, *rows = ([c.strip() for c in line.split('|')[1:-1]] for line in lines)
             found.append([dict(zip(head, row)) for row in rows])
     return found
-
-
-def test_the_notation_is_the_papers():
-    assert tables.notation(pd.Series([7.69, 8.58, 9.47])) == '8.58(89)'
-    assert tables.notation(pd.Series([1.56])) == '1.56'
 
 
 def test_a_row_of_table_1_is_ours_the_papers_and_the_difference_in_deviations(tmp_path):

@@ -139,6 +139,19 @@ def test_four_updates_are_those_of_plain_torch_code(flags, tmp_path, in_double):
     assert first == pytest.approx(trace[0]) and last == pytest.approx(trace[3])
 
 
+def test_parameters_that_the_loss_does_not_use_change_nothing(tiny, tmp_path, monkeypatch):
+    class Spare(models.LeNet):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.unused = torch.nn.Parameter(torch.ones(3))
+
+    monkeypatch.setitem(models.MODELS, 'spare', Spare)
+    for name in 'lenet', 'spare':
+        train.main([*tiny, '--model', name, '--trace', '1', '--out', name])
+    ours, theirs = (record.load(tmp_path / name / 'trace.jsonl') for name in ('spare', 'lenet'))
+    assert ours == theirs
+
+
 @pytest.mark.parametrize('clock, last', [('epoch', 0), ('batch', 0.5)])
 def test_lr_warm_up_trains_no_epoch_at_0_on_either_clock(tiny, tmp_path, clock, last):
     flags = f'--lr-sched cosine --lr-warmup 0.5 --n-eval 0 --clock {clock} --out run'
