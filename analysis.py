@@ -28,7 +28,7 @@ def load_run(path, args):
     file = record.members(path)[-1]
     layout = fast.memory_format(args.device)
     model, config = record.load_model(file, args.dataset)
-    run = SimpleNamespace(path=path, model=model.to(args.device), folder=pathlib.Path(path))
+    run = SimpleNamespace(path=path, model=model.to(args.device))
     dataset, run.augment = config['dataset'], config['augment']
     run.eps = config['eps'] if args.eps is None else args.eps
     x, y = data.load(dataset, args.data_dir, args.device)[:2]
@@ -41,11 +41,16 @@ def load_run(path, args):
     options = {'eps': run.eps, 'index': run.index, 'batch_size': args.batch_size}
     run.pgd = functools.partial(distributed.shared(attack.pgd), **pgd, **options)
     digest = record.digest(file)
-    if not run.folder.is_dir():
-        run.folder = pathlib.Path('evals', f'checkpoint_{digest[:10]}')
+    run.folder = folder_of(path, digest)
     run.metadata = {'checkpoint': str(file), 'digest': digest, 'dataset': dataset, 'eps': run.eps}
     run.metadata |= {'n': len(run.x), 'attack': {'name': 'pgd', **pgd}, 'seed': args.seed}
     return run
+
+
+def folder_of(path, digest):
+    """Where results on a run go: into its folder; on a checkpoint of this digest: into evals/."""
+    path = pathlib.Path(path)
+    return path if path.is_dir() else pathlib.Path('evals', f'checkpoint_{digest[:10]}')
 
 
 def add_flags(parser):

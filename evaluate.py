@@ -163,12 +163,10 @@ def evaluate_group(paths, dataset, eps, members, args):
     files = list(members)
     configs, nets = zip(*members.values())
     digests = sorted(map(record.digest, files))
-    folder = paths[0]
+    folder = analysis.folder_of(paths[0], digests[0])
     if args.ensemble:
         name = hashlib.sha256(f'{digests} {dataset} {eps}'.encode()).hexdigest()[:10]
         folder = pathlib.Path('evals', f'ensemble_{name}')
-    elif not folder.is_dir():
-        folder = pathlib.Path('evals', f'checkpoint_{digests[0][:10]}')
     _, _, x, y = data.load(dataset, args.data_dir, args.device)
     index = data.subset(len(x), args.n_examples)
     metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}

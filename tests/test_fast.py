@@ -171,6 +171,12 @@ def test_tf32_gives_back_what_it_borrowed():
     assert state() == before
 
 
+def test_only_float32_on_cuda_is_nchw():
+    for device, precision in itertools.product(('cpu', 'cuda:1'), ('fp32', 'tf32', 'bf16')):
+        nchw = fast.memory_format(device, precision) == torch.contiguous_format
+        assert nchw == (device == 'cuda:1' and precision == 'fp32')
+
+
 class NoWaiting(TorchFunctionMode):  # what would make the host wait for a device is an error
     def __torch_function__(self, function, types, args=(), kwargs=None):
         waits = 'item __bool__ __float__ __int__ __index__ tolist cpu numpy nonzero masked_select'
