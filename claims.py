@@ -24,11 +24,9 @@ attacks."""
 APGD = {'n_iter': 100, 'n_restarts': 5}
 ATTACKS = {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': APGD, 'apgd100_dlr': APGD}
 ATTACKS |= {'square5k': {'n_queries': 5000}}
-# a setting, its baseline, what is compared with it, and by which error
-COMPARED = [
-    ('eps_sched', 'constant', s, k) for s in ('linear', 'cosine') for k in ('clean', 'robust')
-]
-COMPARED += [('periodic', 'no', 'yes', 'robust'), ('model', 'vgg', 'resnet18', 'robust')]
+# the settings with a baseline, each with one that goes along
+BASELINES = [('constant', 'eps_sched', 'eps_max'), ('no', 'periodic', 'periods'), ('vgg', 'model')]
+Gain = collections.namedtuple('Gain', 'change other full experiment untrained values')
 Finding = collections.namedtuple('Finding', 'claim full experiment verdict ours n')
 COLUMNS = ['claim', 'in the paper', 'verdict', 'ours', 'n', 'experiment', 'size']  # of claims.md
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
@@ -71,12 +69,13 @@ def finding(claim, full, experiment, values, unit='seed', untrained=0, count=Fal
     """A Finding on a claim, from independent `values`, one for each `unit`; the baseline of
     `untrained` of them is a constant classifier. A `count` has no interval."""
     n, low, high = len(values), -np.inf, np.inf
-    ours = ', '.join(f'{value:g}' for value in values) if count else f'{np.mean(values):.3g}'
+    mean = np.round(np.mean(values), 9) + 0.0  # 0 where they cancel but for rounding
+    ours = ', '.join(f'{value:g}' for value in values) if count else f'{mean:.3g}'
     if count and n >= 3:
         low, high = min(values), max(values)
     # equal values, but for rounding, would give an interval of width 0
-    elif not count and n >= 2 and not np.allclose(values, np.mean(values)):
-        low, high = stats.t.interval(0.95, n - 1, np.mean(values), stats.sem(values))
+    elif not count and n >= 2 and not np.allclose(values, mean):
+        low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
         ours += f' ({low:.3g} to {high:.3g})'
     verdict = 'inconclusive'
     if untrained:
@@ -91,30 +90,43 @@ def finding(claim, full, experiment, values, unit='seed', untrained=0, count=Fal
     return Finding(claim, full, experiment, verdict, ours, n)
 
 
-def of_table(frame, settings):
-    """Findings on Table 1. frame: a row for each evaluation, with `settings`, clean and TITLES,
-    seed, full, experiment, untrained and periodic. Those that differ in nothing else are compared.
+def gains(frame, settings):
+    """What any other value of a setting gains over its baseline, if nothing else differs: Gains,
+    whose `values` have a row for each seed and a column for each error, in points; `robust` is the
+    mean of the five attacks.
+
+    frame: a row for each evaluation, with `settings`, errors in percent, seed, full, experiment,
+    untrained and periodic.
     """
     frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
     frame = frame.dropna(subset='robust')
-    for column, baseline, other, error in COMPARED:
-        tied = {'eps_sched': 'eps_max', 'periodic': 'periods'}.get(column, column)
-        same = [name for name in settings if name not in (column, tied)]
-        before, after = (frame[frame[column] == value] for value in (baseline, other))
-        before = before.drop_duplicates([*same, 'seed'])
-        pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
-        for _, rows in pairs.groupby([*same, tied], sort=False, dropna=False):
+    errors = [name for name in ('robust', 'worst case', 'AutoAttack', 'clean') if name in frame]
+    for baseline, setting, *along in BASELINES:
+        same = [name for name in settings if name not in (setting, *along)]
+        is_baseline = frame[setting] == baseline
+        before = frame[is_baseline].drop_duplicates([*same, 'seed'])
+        pairs = frame[~is_baseline].merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
+        for _, rows in pairs.groupby([*same, setting, *along], sort=False, dropna=False):
             row = rows.iloc[0]
             full = row['full'] and row['full before']
             notes = [] if full else [f'eps {row["eps"]}']
-            if column != 'eps_sched':
+            if setting != 'eps_sched':
                 notes.append(f'{row["eps_sched"]} eps')
-            if column != 'periodic' and row['periodic'] == 'yes':
+            if setting != 'periodic' and row['periodic'] == 'yes':
                 notes.append('periodic')
             experiment = row['experiment'] + (f' ({", ".join(notes)})' if notes else '')
-            gain = rows[f'{error} before'] - rows[error]
-            stuck = int(rows['untrained before'].sum())
-            yield finding(f'{other} {error}', full, experiment, gain, untrained=stuck)
+            change = f'{setting} {baseline} to {row[setting]}'
+            untrained = int(rows['untrained before'].sum())
+            values = pd.DataFrame({name: rows[f'{name} before'] - rows[name] for name in errors})
+            yield Gain(change, row[setting], full, experiment, untrained, values)
+
+
+def of_table(frame, settings):
+    """Findings on Table 1, from a frame of evaluations."""
+    for gain in gains(frame, settings):
+        for claim, values in gain.values.add_prefix(f'{gain.other} ').items():
+            if claim in CLAIMS:
+                yield finding(claim, gain.full, gain.experiment, values, untrained=gain.untrained)
 
 
 def measures(run):

@@ -12,8 +12,11 @@ import record
 import train
 
 FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # logging, and the luck of the draw
+GAINS = """Gains over a baseline in points, with 95 % intervals over paired seeds, bold if 0 is not
+within; robust: the mean of the five attacks"""
 NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
-MORE = 'seed', 'full', 'untrained', 'experiment', 'periodic', 'minutes', 'gib'  # about each run
+# columns about each run
+MORE = 'seed', 'full', 'untrained', 'experiment', 'periodic', 'overfitting', 'minutes', 'gib'
 
 
 def make(frame, settings, errors):
@@ -26,7 +29,7 @@ def make(frame, settings, errors):
     for _, runs in others.groupby(['model', 'dataset'], sort=False):
         heading, table = other_runs(runs, settings, errors)
         found[heading] = table
-    return found | {'Ensembles': ensembles()}
+    return found | {GAINS: gains(frame, settings), 'Ensembles': ensembles()}
 
 
 def table_1(runs, errors):
@@ -56,6 +59,20 @@ def other_runs(runs, settings, errors):
     rows = [dict(own.iloc[0][settings].drop(same)) | cells(own, errors) for _, own in groups]
     heading = f'Other runs of {model} on {dataset}: defaults, but for {", ".join(common)}'
     return heading, pd.DataFrame(rows)
+
+
+def gains(frame, settings):
+    """claims.gains as a frame, with the errors that all seeds have."""
+    rows = []
+    for gain in claims.gains(frame, settings):
+        n, row = len(gain.values), {'change': gain.change, 'experiment': gain.experiment}
+        for name, values in gain.values.dropna(axis=1).items():
+            found = claims.finding(name, gain.full, '', values, untrained=gain.untrained)
+            outside = found.verdict in ('holds', 'does not hold')
+            row[name] = f'**{found.ours}**' if outside else found.ours
+        note = f'{gain.untrained} of {n} baselines untrained' if gain.untrained else ''
+        rows.append(row | {'seeds': n, 'note': note})
+    return pd.DataFrame(rows)
 
 
 def evaluated(runs):
@@ -93,12 +110,14 @@ def row_of(run, result):
     full = of_paper(config) and result['n'] == result['n_test']
     for key in claims.ATTACKS.keys() & attacks:
         full = full and claims.ATTACKS[key].items() <= attacks[key].items()
+    ends = pd.DataFrame(run.log[-5:], columns=['train_robust_error', 'robust_error'], dtype=float)
     more = {
         'seed': config['seed'],
         'full': full,
         'untrained': run.untrained,
         'experiment': claims.experiment(config, full),
         'periodic': periodic(config),
+        'overfitting': 100 * (ends['robust_error'] - ends['train_robust_error']).mean(),
         'minutes': sum(epoch['seconds'] for epoch in run.log) / 60,
         'gib': max((epoch.get('gib', np.nan) for epoch in run.log), default=np.nan),
     }
@@ -147,8 +166,9 @@ def cells(own, errors, paper=()):
     """A row of a table that shows the evaluations `own`."""
     row = {n: beside(own[n], paper[n]) if n in paper else notation(own[n]) for n in errors}
     n, untrained = len(own), int(own['untrained'].sum())
-    cost = {'minutes': own['minutes'].mean(), 'GiB': own['gib'].max()}
-    row |= {'runs': n} | {k: '—' if np.isnan(cost[k]) else f'{cost[k]:.1f}' for k in cost}
+    more = {'overfitting': own['overfitting'].mean(), 'minutes': own['minutes'].mean()}
+    more['GiB'] = own['gib'].max()
+    row |= {'runs': n} | {k: '—' if np.isnan(more[k]) else f'{more[k]:.1f}' for k in more}
     return row | {'note': f'{untrained} of {n} constant classifiers' if untrained else ''}
 
 

@@ -213,6 +213,39 @@ def test_the_standard_evaluation_is_a_column(tmp_path):
     assert 'AutoAttack' not in reported(tmp_path / 'out', run)[1][0]
 
 
+@pytest.mark.parametrize('classes, note', [(10, ''), (1, '3 of 3 baselines untrained')])
+def test_a_gain_has_an_interval_for_each_error_that_all_seeds_have(tmp_path, classes, note):
+    for seed, gain in enumerate((1, 2, 3)):
+        flags, more = f'--seed {seed} --n-train 9', {'eps_sched': 'sqrt', 'eps_max': 0.8}
+        errors = [4, *[20] * 5, 22 + gain]
+        make_run(tmp_path / f'c{seed}', flags, errors=errors, classes=classes)
+        errors = [2 - (seed == 2), *[20 - 5 * (i == seed) for i in range(5)], 22]
+        make_run(tmp_path / f's{seed}', flags, errors=errors, **more)
+    for run in tmp_path / 'c2', tmp_path / 's2':
+        result = record.load(run / 'evaluate.json') | {'standard': True}
+        columns = dict.fromkeys(['clean', *attack.STANDARD, 'worst'], {'error': 0.5})
+        record.save(run / 'evaluate_standard.json', result | {'columns': columns})
+    (row,) = reported(tmp_path / 'out', tmp_path)[-1]
+    clean = '2.33 (0.899 to 3.77)'  # t = 4.303 with 2 degrees of freedom: 4.303 / 3 = 1.434
+    assert row == {
+        'change': 'eps_sched constant to sqrt',
+        'experiment': 'mnist lenet of width 16 (eps 0.4)',
+        'robust': '1',
+        'worst case': '2 (-0.484 to 4.48)',  # 4.303 / sqrt(3) = 2.484
+        'clean': clean if note else f'**{clean}**',
+        'seeds': '3',
+        'note': note,
+    }
+
+
+def test_overfitting_is_of_the_last_five_epochs(tmp_path):
+    run = make_run(tmp_path / 'run', '--n-train 9')
+    first, *_, row = record.load(f'{run}/log.jsonl')
+    errors = {'train_robust_error': 0.25, 'robust_error': 0.5}
+    record.save(f'{run}/log.jsonl', [first | errors | {'robust_error': 1}, *[row | errors] * 5])
+    assert reported(tmp_path / 'out', run)[1][0]['overfitting'] == '25.0'
+
+
 def test_ensembles_have_a_table(tmp_path):
     result = {'members': ['a', 'b'], 'dataset': 'cifar10', 'eps': 8 / 255, 'n': 500}
     columns = {'clean': {'error': 0.125}, 'apgd100_ce': {'error': 0.5}}
