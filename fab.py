@@ -105,6 +105,7 @@ def to_plane(x, w, r):
         spent = (room <= d[:, None]).to(w)
         d_next = (r.abs() - (spent * room * slopes).sum(1)) / (slopes - spent * slopes).sum(1)
         d_next = d_next.nan_to_num(0).clamp(max=1)  # 0 / 0: there is no plane; 1: out of reach
+        d_next = torch.maximum(d, d_next)  # else rounding may move d back and forth for ever
     return torch.minimum(room, d[:, None]).view_as(x) * sign
 
 

@@ -160,3 +160,13 @@ def test_the_projection_does_not_depend_on_the_scale_of_the_plane():
     w[:2], r[:1] = 0, 0  # no plane, with the point on it or not
     d = to_plane(x, w, r)
     assert torch.allclose(to_plane(x, 1e-25 * w, 1e-25 * r), d, atol=1e-6) and not d[:2].any()
+
+
+def test_the_projection_ends_where_rounding_could_move_it_back_and_forth():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(256, (200, 1, 28, 28), generator=generator) / 255
+    w = torch.randn(x.shape, generator=generator)
+    most = torch.randint(1, 80, (200, 1, 1, 1), generator=generator) / 255  # some pixels' room
+    room = torch.where(w < 0, 1 - x, x)
+    d = to_plane(x, w, (torch.minimum(room, most) * w.abs()).flatten(1).sum(1))
+    assert torch.allclose(d.abs().flatten(1).amax(1), most.flatten(), atol=1e-6)
