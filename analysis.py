@@ -1,5 +1,8 @@
-"""What the analyses of a run share. Except while a curve is trained, training images are neither
-shuffled nor augmented and the network is in eval mode. All is in float32 without TF32."""
+"""What evaluate.py, hessian.py and landscape.py share: a run to analyse, flags, names of results.
+
+Training images are neither shuffled nor augmented and the network is in eval mode, except while a
+curve is trained.
+"""
 
 import functools
 import hashlib
@@ -33,9 +36,10 @@ def load_run(path, args):
     run.eps = config['eps'] if args.eps is None else args.eps
     x, y = data.load(dataset, args.data_dir, args.device)[:2]
     n_train = config.get('n_train') or len(x)
-    if (args.n_examples or n_train) > n_train:
-        raise ValueError(f'--n-examples {args.n_examples}: {path} was trained on {n_train} images')
-    run.index = data.subset(len(x), args.n_examples or n_train)
+    n = args.n_examples or n_train
+    if n > n_train:
+        raise ValueError(f'--n-examples {n}: {path} was trained on {n_train} images')
+    run.index = data.subset(len(x), n)
     run.x, run.y = x[run.index].contiguous(memory_format=layout), y[run.index]
     pgd = data.pgd_settings(config, run.eps)
     options = {'eps': run.eps, 'index': run.index, 'batch_size': args.batch_size}
@@ -64,14 +68,13 @@ def add_flags(parser):
     cli.add_machine_flags(parser)
 
 
-def recompute_bn(run, **pgd):
-    """Gives run.model the BatchNorm statistics of adversarial examples, as in training. They are
-    means over batches of about 250 images; the examples are made with those of clean images."""
-    model = run.model
-    n_parts = math.ceil(len(run.x) / 250)
+def recompute_bn(model, x, y, pgd):
+    """Gives the model the BatchNorm statistics of pgd(model, x, y), as in training: means over
+    batches of about 250 images. The attack itself sees the statistics of the clean images x."""
+    n_parts = math.ceil(len(x) / 250)
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
-        update_bn(run.x.tensor_split(n_parts), model)
-        update_bn(run.pgd(model, run.x, run.y, **pgd).tensor_split(n_parts), model)
+        update_bn(x.tensor_split(n_parts), model)
+        update_bn(pgd(model, x, y).tensor_split(n_parts), model)
 
 
 def flat(tensors):
@@ -85,12 +88,12 @@ def unflat(vector, like):
     return [part.view(tensor.shape) for part, tensor in zip(parts, like)]
 
 
-def output(run, stem, args):
-    """The path of the result `stem` of a run; the flags that are given are in its name."""
+def output(folder, stem, args):
+    """The path of the result `stem` in a folder; the flags that are given are in its name."""
     tags = {'n': args.n_examples, 'eps': None if args.eps is None else f'{args.eps:.6g}'}
     tags |= {'seed': args.seed or None}
     named = [f'{tag}{value}' for tag, value in tags.items() if value is not None]
-    return run.folder / f'{"_".join([stem, *named])}.json'
+    return folder / f'{"_".join([stem, *named])}.json'
 
 
 def resume(path, metadata, device):

@@ -43,25 +43,25 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
     eps elsewhere) and returns the last of `n_iter` signed steps.
     """
     x_adv = x.clone()
-    width = step_size if start is None else start
+    start = step_size if start is None else start
     nan = flag(x)
     for i in range(0, len(x), batch_size):
         rows = slice(i, i + batch_size)
         noise = uniform('pgd', seed, index[rows], x.shape[1:], x)
-        nan |= pgd_loop(model, x[rows], y[rows], noise, x_adv[rows], eps, step_size, n_iter, width)
+        nan |= pgd_loop(model, x[rows], y[rows], noise, x_adv[rows], eps, step_size, n_iter, start)
     refuse_nan(nan)
     return x_adv
 
 
-def pgd_loop(model, x, y, noise, x_adv, eps, step_size, n_iter, width):
+def pgd_loop(model, x, y, noise, x_adv, eps, step_size, n_iter, start):
     """The loop of `pgd`: writes its result into `x_adv`, for a start drawn with `noise` in [0, 1).
 
-    eps, step_size and width, that of the start, may be tensors, (). Returns whether a loss or
-    gradient was nan, (). Nothing here waits for the device.
+    eps, step_size and start may be tensors, (). Returns whether a loss or gradient was nan, ().
+    Nothing here waits for the device.
     """
     low, high = box(x, eps)
     nan = flag(x)
-    x_adv.copy_(x).add_((2 * noise - 1).mul_(width)).clamp_(low, high)
+    x_adv.copy_(x).add_((2 * noise - 1).mul_(start)).clamp_(low, high)
     for _ in range(n_iter):
         loss, _, grad = loss_and_gradient(model, x_adv, y, LOSSES['ce'])
         x_adv.add_(grad.sign().mul_(step_size)).clamp_(low, high)

@@ -4,37 +4,29 @@ A Finding is on one claim in one experiment, at the paper's size (full) or not.
 """
 
 import collections
-import itertools
 import pathlib
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-import attack
 import data
 
 RULE = """Seeds are paired. With n >= 2 of them a claim holds if the 95 % t-interval of its value,
-in brackets, is above 0, does not hold if it is below, and is inconclusive if it contains 0. A
-count has no interval: all seeds of at least 3 must agree. *Baseline untrained*: what the claim
-compares with is a constant classifier. A dash: not measured. Robust error: the mean of the five
-attacks."""
+in brackets, is above 0, does not hold if it is below, and is inconclusive if it contains 0 or if
+all values are equal. A count has no interval: all seeds of at least 3 must agree. *Baseline
+untrained*: what the claim compares with is a constant classifier. A dash: not measured. Robust
+error: the mean of the five attacks."""
 
-# the columns of Table 1, with the settings of each attack that are not those of training
-APGD = {'n_iter': 100, 'n_restarts': 5}
-ATTACKS = {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': APGD, 'apgd100_dlr': APGD}
-ATTACKS |= {'square5k': {'n_queries': 5000}}
-# the settings with a baseline, each with one that goes along
-BASELINES = [('constant', 'eps_sched', 'eps_max'), ('no', 'periodic', 'periods'), ('vgg', 'model')]
+# a baseline, the setting whose value it is, and those that go along with it
+BASELINES = [('constant', 'eps_sched', 'eps_min', 'eps_max'), ('no', 'periodic', 'periods')]
+BASELINES += [('vgg', 'model')]
 Gain = collections.namedtuple('Gain', 'change other full experiment untrained values')
 Finding = collections.namedtuple('Finding', 'claim full experiment verdict ours n')
 COLUMNS = ['claim', 'in the paper', 'verdict', 'ours', 'n', 'experiment', 'size']  # of claims.md
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
-TITLES = [attack.title(key) for key in ATTACKS]
-NAMES = [*ROW, 'clean', *TITLES]
-PAPER = pd.read_csv(
-    pathlib.Path(__file__).with_name('table1.txt'), sep=r'\s+', names=NAMES, index_col=ROW
-)
+PAPER = pd.read_csv(pathlib.Path(__file__).with_name('table1.txt'), sep=r'\s+', index_col=ROW)
+ATTACKS = [title for title in PAPER if title != 'clean']
 
 # a claim, with the unit of a value that is above 0 if it holds, and where the paper makes it
 CLAIMS = {
@@ -68,23 +60,26 @@ CLAIMS = {
 def finding(claim, full, experiment, values, unit='seed', untrained=0, count=False):
     """A Finding on a claim, from independent `values`, one for each `unit`; the baseline of
     `untrained` of them is a constant classifier. A `count` has no interval."""
-    n, low, high = len(values), -np.inf, np.inf
-    mean = np.round(np.mean(values), 9) + 0.0  # 0 where they cancel but for rounding
-    ours = ', '.join(f'{value:g}' for value in values) if count else f'{mean:.3g}'
-    if count and n >= 3:
-        low, high = min(values), max(values)
-    # equal values, but for rounding, would give an interval of width 0
-    elif not count and n >= 2 and not np.allclose(values, mean):
-        low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
-        ours += f' ({low:.3g} to {high:.3g})'
+    n, holds, fails = len(values), False, False
+    if count:
+        ours = ', '.join(f'{value:g}' for value in values)
+        if n >= 3:
+            holds, fails = min(values) > 0, max(values) <= 0
+    else:
+        mean = np.round(np.mean(values), 9) + 0.0  # 0 where they cancel but for rounding
+        ours = f'{mean:.3g}'
+        if n >= 2 and not np.allclose(values, mean):  # equal ones: an interval of width 0
+            low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
+            holds, fails = low > 0, high < 0
+            ours += f' ({low:.3g} to {high:.3g})'
     verdict = 'inconclusive'
     if untrained:
         verdict = 'baseline untrained'
         if untrained < n:
             verdict += f': {untrained} of {n}'
-    elif low > 0:
+    elif holds:
         verdict = 'holds'
-    elif high < 0 or (count and high <= 0):
+    elif fails:
         verdict = 'does not hold'
     n = f'{n} {unit}' if n == 1 else f'{n} {unit}s'
     return Finding(claim, full, experiment, verdict, ours, n)
@@ -98,27 +93,33 @@ def gains(frame, settings):
     frame: a row for each evaluation, with `settings`, errors in percent, seed, full, experiment,
     untrained and periodic.
     """
-    frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
+    frame = frame.assign(robust=frame.reindex(columns=ATTACKS).mean(axis=1, skipna=False))
     frame = frame.dropna(subset='robust')
     errors = [name for name in ('robust', 'worst case', 'AutoAttack', 'clean') if name in frame]
     for baseline, setting, *along in BASELINES:
         same = [name for name in settings if name not in (setting, *along)]
-        is_baseline = frame[setting] == baseline
-        before = frame[is_baseline].drop_duplicates([*same, 'seed'])
-        pairs = frame[~is_baseline].merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
-        for _, rows in pairs.groupby([*same, setting, *along], sort=False, dropna=False):
-            row = rows.iloc[0]
-            full = row['full'] and row['full before']
-            notes = [] if full else [f'eps {row["eps"]}']
-            if setting != 'eps_sched':
-                notes.append(f'{row["eps_sched"]} eps')
-            if setting != 'periodic' and row['periodic'] == 'yes':
-                notes.append('periodic')
-            experiment = row['experiment'] + (f' ({", ".join(notes)})' if notes else '')
-            change = f'{setting} {baseline} to {row[setting]}'
+        before, after = frame[frame[setting] == baseline], frame[frame[setting] != baseline]
+        pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
+        pairs['where'] = [', '.join(notes(row, setting)) for _, row in pairs.iterrows()]
+        for name in (*same, *along):  # what would distinguish two experiments of one name
+            several = pairs.groupby([setting, 'where'])[name].transform('nunique', dropna=False) > 1
+            pairs.loc[several, 'where'] += ', ' + name + ' ' + pairs[name].astype(str)
+        for (other, where), rows in pairs.groupby([setting, 'where'], sort=False):
+            full = rows['full'].all() and rows['full before'].all()
             untrained = int(rows['untrained before'].sum())
             values = pd.DataFrame({name: rows[f'{name} before'] - rows[name] for name in errors})
-            yield Gain(change, row[setting], full, experiment, untrained, values)
+            yield Gain(f'{setting} {baseline} to {other}', other, full, where, untrained, values)
+
+
+def notes(pair, setting):
+    """The experiment of a pair that differs in a `setting`, and what else to know of it."""
+    yield pair['experiment']
+    if not (pair['full'] and pair['full before']):
+        yield f'eps {pair["eps"]}'
+    if setting != 'eps_sched':
+        yield f'{pair["eps_sched"]} eps'
+    if setting != 'periodic' and pair['periodic'] == 'yes':
+        yield 'periodic'
 
 
 def of_table(frame, settings):
@@ -218,23 +219,23 @@ def of_budget(study):
 
 def of_rate(study):
     """Findings on Figure 5 and C.2.3, at the seeds and learning rates that both schedules have."""
-    schedules = dict(list(study.frame.groupby('schedule')))
-    eps = data.show_eps(study.frame['eps'].iloc[0], study.dataset)
-    for name, other in itertools.product(schedules, ('linear eps', 'cosine eps')):
-        warm_up = name.startswith('lr warm-up') and ',' not in name  # under a constant eps
-        if other not in schedules or not (warm_up or name == 'constant eps'):
-            continue
-        a, b = (by_seed(schedules[key], 'lr', 'pgd') for key in (name, other))
-        a, b = a.align(b, join='inner')
-        where = f'{study.experiment} ({other} {eps}, rates: {a.shape[1]})'
-        stuck = len(a) if schedules[name]['untrained'].all() else 0
-        if warm_up:
-            claim, more = 'warm-up', 100 * (a - b).mean(axis=1)
-        else:  # a rate is usable if fewer than half of the images are misclassified
-            claim, more = 'rates', (b < 0.5).sum(axis=1) - (a < 0.5).sum(axis=1)
-        if a.size:
-            full = study.full['pgd']
-            yield finding(claim, full, where, more, untrained=stuck, count=not warm_up)
+    frame, full = study.frame, study.full['pgd']
+    eps = data.show_eps(frame['eps'].iloc[0], study.dataset)
+    constant = frame[frame['eps_sched'] == 'constant']
+    for lr_warmup, rows in constant.groupby('lr_warmup'):
+        for sched in 'linear', 'cosine':
+            growing = frame[(frame['eps_sched'] == sched) & (frame['lr_warmup'] == 0)]
+            a, b = by_seed(rows, 'lr', 'pgd').align(by_seed(growing, 'lr', 'pgd'), join='inner')
+            if not a.size:
+                continue
+            where = f'{study.experiment} ({sched} eps {eps}, rates: {a.shape[1]})'
+            stuck = len(a) if rows['untrained'].all() else 0
+            if lr_warmup:
+                more = 100 * (a - b).mean(axis=1)
+                yield finding('warm-up', full, where, more, untrained=stuck)
+            else:  # a rate is usable if fewer than half of the images are misclassified
+                more = (b < 0.5).sum(axis=1) - (a < 0.5).sum(axis=1)
+                yield finding('rates', full, where, more, untrained=stuck, count=True)
 
 
 def of_width(study):
@@ -267,7 +268,8 @@ def of_theory(theory):
 def table(findings):
     """The table of claims.md: a row for each finding, or one for a claim without any."""
     paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
-    paper = paper.assign(experiment='', seed=0, full=True, untrained=0, eps_max='', periods='')
+    paper = paper.assign(experiment='', seed=0, full=True, untrained=0)
+    paper[['eps_min', 'eps_max', 'periods']] = ''
     papers = pd.DataFrame(of_table(paper, ROW), columns=Finding._fields)
     theirs = papers['ours'].astype(float).groupby(papers['claim']).agg(['min', 'max'])
     rows = []

@@ -50,31 +50,18 @@ def logits_of(model, x):
     return logits.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def checked_logits(model, x):
-    """As `logits_of`; NotFiniteError if a logit is nan."""
-    logits = logits_of(model, x)
+def all_logits(model, x, batch_size=250):
+    """The logits of x, (N, K), of the model in eval mode. NotFiniteError if one is nan."""
+    with frozen(model), torch.no_grad():
+        parts = [logits_of(model, part) for part in x.split(batch_size) if len(part)]
+    logits = torch.cat(parts) if parts else x.new_zeros(0, 1)
     refuse_nan(has_nan(logits))
     return logits
 
 
 def predict(model, x, batch_size=250):
     """The classes that the model, in eval mode, predicts for x: (N,) int64."""
-    classes = torch.empty(len(x), dtype=torch.long, device=x.device)
-    with frozen(model), torch.no_grad():
-        for i in range(0, len(x), batch_size):
-            classes[i : i + batch_size] = checked_logits(model, x[i : i + batch_size]).argmax(1)
-    return classes
-
-
-def wrong_classes(model, x, y, k, batch_size=250):
-    """The k most likely wrong classes of each image (all if there are fewer), the likeliest first:
-    (N, k) int64. The model must be in eval mode."""
-    found = []
-    for i in range(0, len(x), batch_size):
-        logits = checked_logits(model, x[i : i + batch_size])
-        logits = logits.scatter(1, y[i : i + batch_size, None], -math.inf)
-        found.append(logits.topk(min(k, logits.shape[1] - 1)).indices)
-    return torch.cat(found) if found else y.new_zeros(0, k)
+    return all_logits(model, x, batch_size).argmax(1)
 
 
 def correct(model, x, y, batch_size=250):
@@ -82,16 +69,19 @@ def correct(model, x, y, batch_size=250):
     return predict(model, x, batch_size) == y
 
 
+def wrong_classes(model, x, y, k, batch_size=250):
+    """The k most likely wrong classes of each image (all if there are fewer), the likeliest first:
+    (N, k) int64."""
+    logits = all_logits(model, x, batch_size).scatter(1, y[:, None], -math.inf)
+    return logits.topk(min(k, logits.shape[1] - 1)).indices
+
+
 def mean_loss(model, x, y, batch_size=250):
     """Mean cross-entropy and error of the model, in eval mode, on x: two floats. On adversarial
     examples they are L_eps (Eq. 1) and the robust error."""
-    loss, errors = x.new_zeros((), dtype=torch.float64), 0
-    with frozen(model), torch.no_grad():
-        for i in range(0, len(x), batch_size):
-            logits, labels = checked_logits(model, x[i : i + batch_size]), y[i : i + batch_size]
-            loss += cross_entropy(logits, labels).sum()
-            errors += (logits.argmax(1) != labels).sum()
-    return loss.item() / len(x), errors.item() / len(x)
+    logits = all_logits(model, x, batch_size)
+    loss = cross_entropy(logits, y).double().mean().item()
+    return loss, (logits.argmax(1) != y).double().mean().item()
 
 
 def loss_and_gradient(model, x, y, criterion):

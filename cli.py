@@ -50,7 +50,7 @@ def count(text):
 
 
 def device(text):
-    """A type for argparse: cpu, cuda:1, or cuda, which is another GPU in each torchrun process."""
+    """A type for argparse: cpu, cuda:1, or cuda: for each torchrun process a GPU of its own."""
     if text == 'cuda':
         text = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
     try:
@@ -66,8 +66,7 @@ def add_machine_flags(parser):
     add = parser.add_argument
     default = 'cuda' if torch.cuda.is_available() else 'cpu'
     add('--device', type=device, default=default, help='cuda if there is one')
-    text = 'folder of <dataset>.npz and downloads; $DATA_DIR, or'
-    add('--data-dir', default=os.environ.get('DATA_DIR', 'data'), help=text)
+    add('--data-dir', default='data', help='folder of <dataset>.npz and downloads')
 
 
 class Lines:

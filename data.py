@@ -25,17 +25,16 @@ class Dataset:
     size: int  # height and width
     n_classes: int
     arrays: Callable  # folder of downloads -> {x_train, y_train, x_test, y_test}, uint8
-    settings: Callable  # eps, None for the paper's -> its settings of a run, name -> value
+    settings: Callable  # eps, by default the paper's -> its settings of a run, name -> value
     denominator: int | None = None  # budgets are typed as 8/255 with 255, as 0.4 with None
 
 
-def mnist_settings(eps=None):
+def mnist_settings(eps=0.4):
     """The paper's settings for MNIST at the budget `eps`."""
-    eps = 0.4 if eps is None else eps
     return {
         'model': 'lenet',
         'eps': eps,
-        'eps_max': {'constant': eps, 'linear': 2 * eps, 'cosine': 1.5 * eps},
+        'eps_max': {'constant': eps, 'linear': 2 * eps, 'cosine': round(1.5 * eps, 9)},
         'epochs': 100,
         'optimizer': 'adam',
         'lr': 1e-4,
@@ -48,9 +47,8 @@ def mnist_settings(eps=None):
     }
 
 
-def cifar10_settings(eps=None):
+def cifar10_settings(eps=8 / 255):
     """The paper's settings for CIFAR10 at the budget `eps`."""
-    eps = 8 / 255 if eps is None else eps
     return {
         'model': 'resnet18',
         'eps': eps,

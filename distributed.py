@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import math
 import os
+import sys
 
 import torch
 from torch import distributed as dist
@@ -32,7 +33,7 @@ def joined():
     dist.init_process_group(backend, timeout=datetime.timedelta(days=30))
     try:
         with open(os.devnull, 'w') as silence:
-            with contextlib.redirect_stdout(silence) if RANK else contextlib.nullcontext():
+            with contextlib.redirect_stdout(silence if RANK else sys.stdout):
                 yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or 'gloo' in str(error):
@@ -64,8 +65,8 @@ def own():
 
 
 def share(n):
-    """The slice of a batch of n images that is this process's, and how many of them count. If there
-    is none, it is the first image, which does not count, so that the network sees a batch."""
+    """The slice of a batch of n images that is this process's, and how many of its images count. A
+    process without any gets the first image, which does not count: no network takes no images."""
     counted = len(range(n)[own()])
     return (own(), counted) if counted else (slice(1), 0)
 

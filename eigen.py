@@ -71,7 +71,7 @@ def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, se
 
 def trace(matvec, dim, *, like=F32, seed=0):
     """Hutchinson's estimate z' H z of the trace, by one random vector z of +-1 and one product."""
-    z = rng.signs(dim, like, seed)
+    z = rng.rademacher(dim, like, seed)
     return (z * matvec(z)).double().sum().item()
 
 
@@ -81,7 +81,7 @@ def density(matvec, dim, steps=50, *, like=F32, seed=0):
     Returns nodes and weights, (steps,) each, the weights of sum 1: sum_i w_i f(node_i) estimates
     the mean of f over the eigenvalues, without bias for polynomials f of degree below 2 steps.
     """
-    start = rng.signs(dim, like, seed)
+    start = rng.rademacher(dim, like, seed)
     space = Krylov(matvec, start, min(dim, steps), seed)
     while space.size < len(space.V):
         space.step()

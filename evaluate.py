@@ -41,29 +41,14 @@ def evaluate(model, x, y, e, args):
     --standard each attack gets the images that withstood all before it: errors are cumulative.
     """
     columns, dataset = e.result['columns'], e.result['dataset']
-    began = time.monotonic()
     if 'clean' not in columns:
+        began = time.monotonic()
         add_column(e, 'clean', correct(model, x, y, args.batch_size), began)
     print(format_row('clean', columns['clean'], dataset))
     for key, run_attack in e.attacks.items():
-        settings = dict(run_attack.keywords)
-        began = time.monotonic()
-        if key not in columns or not settings.items() <= columns[key]['settings'].items():
-            e.robust.pop(key, None)
-            before = list(e.robust) if args.standard else ['clean']
-            standing = np.logical_and.reduce([e.robust[name] for name in before])
-            standing = torch.from_numpy(standing.nonzero()[0])
-            if args.standard:
-                settings |= {'after': '+'.join(before), 'attacked': len(standing)}
-            options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
-            options['batch_size'] = args.batch_size
-            run_attack = distributed.shared(run_attack)
-            n = math.ceil(len(standing) / distributed.SIZE)
-            with fast.tf32(args.precision == 'tf32'), progress(model, settings, n):
-                x_adv = run_attack(model, x[standing], y[standing], **options)
-            robust = torch.zeros(len(x), dtype=torch.bool)
-            robust[standing] = correct(model, x_adv, y[standing], args.batch_size).cpu()
-            add_column(e, key, robust, began, settings=settings)
+        settings = run_attack.keywords.items()
+        if key not in columns or not settings <= columns[key]['settings'].items():
+            attack_images(model, x, y, e, key, args)
         print(format_row(key, columns[key], dataset))
     print(format_row('worst', columns['worst'], dataset))
     if args.standard:
@@ -74,6 +59,28 @@ def evaluate(model, x, y, e, args):
     if warnings != e.result.get('warnings'):
         e.result['warnings'] = warnings
         record.save(e.json, e.result)
+
+
+def attack_images(model, x, y, e, key, args):
+    """Runs the attack `key` on the images that are right when clean, with --standard on those that
+    withstood all attacks before it, and adds its column."""
+    began = time.monotonic()
+    settings = dict(e.attacks[key].keywords)
+    e.robust.pop(key, None)
+    before = list(e.robust) if args.standard else ['clean']
+    standing = np.logical_and.reduce([e.robust[name] for name in before])
+    standing = torch.from_numpy(standing.nonzero()[0])
+    if args.standard:
+        settings |= {'after': '+'.join(before), 'attacked': len(standing)}
+    options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
+    options['batch_size'] = args.batch_size
+    run_attack = distributed.shared(e.attacks[key])
+    n = math.ceil(len(standing) / distributed.SIZE)
+    with fast.tf32(args.precision == 'tf32'), progress(model, settings, n):
+        x_adv = run_attack(model, x[standing], y[standing], **options)
+    robust = torch.zeros(len(x), dtype=torch.bool)
+    robust[standing] = correct(model, x_adv, y[standing], args.batch_size).cpu()
+    add_column(e, key, robust, began, settings=settings)
 
 
 def add_column(e, key, robust, began, **more):
@@ -115,9 +122,11 @@ def attacks_of(table, config, eps):
     for key, run_attack in table.items():
         parameters = inspect.signature(run_attack).parameters.values()
         unset = [p.name for p in parameters if p.default is p.empty]
-        steps = paper if 'step_size' in unset else {}
+        steps = {}
         if 'n_iter' in unset:
             steps = training
+        elif 'step_size' in unset:
+            steps = paper
         attacks[key] = functools.partial(run_attack, **steps)
     return attacks
 
@@ -185,7 +194,7 @@ def evaluate_group(paths, dataset, eps, members, args):
     if len({str(data.pgd_settings(config, eps)) for config in configs}) > 1:
         config = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
     e = SimpleNamespace(folder=folder, index=index, attacks=attacks_of(table, config, eps))
-    e.json = analysis.output(e, stem, args)
+    e.json = analysis.output(folder, stem, args)
     e.npz = e.json.with_suffix('.npz')
     print(
         f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
@@ -199,19 +208,6 @@ def evaluate_group(paths, dataset, eps, members, args):
         e.robust = {key: arrays[key] for key in columns if key != 'worst'}
         images = x[index].contiguous(memory_format=layout)
         evaluate(fast.folded(model, x[:2]), images, y[index], e, args)
-
-
-def main(argv=None):
-    args = parse(argv)
-    named = args.ensemble or args.runs
-    runs = record.find_runs(named)
-    if not runs:
-        raise ValueError(f'{" ".join(named)}: no run is below, no folder with a config.json')
-    together = [runs] if args.ensemble else [[run] for run in runs]
-    found = [(paths, load_groups(paths, args, len(runs) > 1)) for paths in together]
-    for paths, groups in found:
-        for (dataset, eps), members in groups.items():
-            evaluate_group(paths, dataset, eps, members, args)
 
 
 def parse(argv):
@@ -231,6 +227,19 @@ def parse(argv):
     if bool(args.runs) == bool(args.ensemble):
         p.error('name either runs or --ensemble PATH...')
     return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    named = args.ensemble or args.runs
+    runs = record.find_runs(named)
+    if not runs:
+        raise ValueError(f'{" ".join(named)}: no run is below, no folder with a config.json')
+    together = [runs] if args.ensemble else [[run] for run in runs]
+    found = [(paths, load_groups(paths, args, len(runs) > 1)) for paths in together]
+    for paths, groups in found:
+        for (dataset, eps), members in groups.items():
+            evaluate_group(paths, dataset, eps, members, args)
 
 
 if __name__ == '__main__':

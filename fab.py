@@ -21,7 +21,6 @@ def fab(
     alpha_max=0.1,
     eta=1.05,
     beta=0.9,
-    best_distance=False,
     seed=0,
     index=None,
     batch_size=250,
@@ -29,15 +28,21 @@ def fab(
     """FAB-T: seeks the nearest misclassified point, towards each of the n_targets most likely wrong
     classes of the image in turn, for n_iter iterations each.
 
-    Returns a misclassified point within eps of each image where it finds one, else the image. With
-    best_distance=True the search goes on and returns the nearest misclassified points found, at any
-    distance, and their l_inf distances, (N,), infinite where there is none. Nothing is random.
+    Returns a misclassified point within eps of each image where it finds one, else the image.
+    Nothing is random.
     """
+    settings = n_iter, n_targets, alpha_max, eta, beta, batch_size
+    x_adv, distance = nearest_points(model, x, y, eps, *settings)
+    return torch.where(per_image(distance <= eps), x_adv, x)
+
+
+def nearest_points(model, x, y, enough, n_iter, n_targets, alpha_max, eta, beta, batch_size):
+    """The nearest misclassified points found and their l_inf distances, (N,), infinite where there
+    is none. The search for an image ends at a distance of `enough`."""
     x_adv = x.clone()
     tried = torch.zeros_like(y)  # targets of each image
     distance = x.new_zeros(len(x)).masked_fill(correct(model, x, y, batch_size), math.inf)
     targets = wrong_classes(model, x, y, n_targets, batch_size)
-    enough = -1 if best_distance else eps
 
     def start(rows):
         s = SimpleNamespace(rows=rows, x=x[rows], y=y[rows], k=torch.zeros_like(rows))
@@ -56,9 +61,7 @@ def fab(
 
     waiting = (distance == math.inf).nonzero().squeeze(1)
     run_in_full_batches(waiting, batch_size, start, advance, finish)
-    if best_distance:
-        return x_adv, distance
-    return torch.where(per_image(distance <= eps), x_adv, x)
+    return x_adv, distance
 
 
 def fab_step(s, model, alpha_max, eta, beta):

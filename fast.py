@@ -199,7 +199,7 @@ class Adversary:
         s.noise.copy_(uniform('pgd', seed, s.index, x.shape[1:], x))
         s.eps.fill_(eps)
         s.step_size.fill_(step_size)
-        s.width.fill_(step_size if start is None else start)
+        s.start.fill_(step_size if start is None else start)
         replay()
         return s.x_adv.clone()
 
@@ -209,13 +209,13 @@ class Adversary:
         s.noise = torch.zeros_like(x)
         places = torch.arange(len(x), device=x.device)
         s.index = distributed.RANK + distributed.SIZE * places  # in the whole batch
-        s.eps, s.step_size, s.width = (x.new_zeros(()) for _ in range(3))
+        s.eps, s.step_size, s.start = (x.new_zeros(()) for _ in range(3))
 
         def run():
             with frozen(self.model), torch.no_grad():
                 self.folded.refold()
                 tensors = s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size
-                self.nan |= pgd_loop(self.network, *tensors, self.n_iter, s.width)
+                self.nan |= pgd_loop(self.network, *tensors, self.n_iter, s.start)
 
         capture = self.capture or (captured if x.is_cuda else lambda run: run)
         try:

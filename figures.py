@@ -107,17 +107,23 @@ def curves(groups, panels):
                     look['ms'] = 3 + 3 * (len(groups) - i)
                     ax.set_xticks(table.index, table.index)
                     ax.minorticks_off()
-                if len(runs) < 3:
-                    for _, series in table.items():
-                        ax.plot(series.dropna(), **look)
-                        look['label'] = None  # the legend has it already
-                else:
-                    values, back = (np.log(table), np.exp) if yscale == 'log' else (table, np.array)
-                    mean, half = values.mean(axis=1), values.std(axis=1)
-                    ax.plot(table.index, back(mean), **look)
-                    ends = back(mean - half), back(mean + half)
-                    ax.fill_between(table.index, *ends, color=color, alpha=0.2, lw=0)
+                plot(ax, table, look)
     return figure
+
+
+def plot(ax, table, look):
+    """The columns of `table`: one or two as a curve each, more as a mean in a band of one standard
+    deviation, of the logarithm on a log axis."""
+    if len(table.columns) < 3:
+        for _, series in table.items():
+            ax.plot(series.dropna(), **look)
+            look['label'] = None  # the legend has it already
+        return
+    values, back = (np.log(table), np.exp) if ax.get_yscale() == 'log' else (table, np.array)
+    mean, half = values.mean(axis=1), values.std(axis=1)
+    ax.plot(table.index, back(mean), **look)
+    ends = back(mean - half), back(mean + half)
+    ax.fill_between(table.index, *ends, color=look['color'], alpha=0.2, lw=0)
 
 
 def planes(groups):

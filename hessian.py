@@ -10,9 +10,8 @@ import copy
 import functools
 import statistics
 import time
-from types import SimpleNamespace
 
-import pandas
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
@@ -61,7 +60,8 @@ class Hessian:
                 self.graphs[i] = gradient, theta, size
                 self.room -= size
             # of a parameter that the loss does not use, or is linear in, the gradient is constant
-            pairs = [p for p in zip(gradient, analysis.unflat(v, theta)) if p[0].requires_grad]
+            pairs = zip(gradient, analysis.unflat(v, theta))
+            pairs = [(output, part) for output, part in pairs if output.requires_grad]
             if pairs:
                 outputs, parts = zip(*pairs)
                 options = {'retain_graph': i in self.graphs, 'materialize_grads': True}
@@ -99,23 +99,24 @@ def loss_normalizer(run, seed):
     """L_eps of a freshly initialised network, on at most 500 of the images and with BatchNorm
     statistics recomputed; the paper normalises by its mean over seeds."""
     rows = data.subset(len(run.x), min(len(run.x), 500))
+    x, y = run.x[rows], run.y[rows]
     pgd = functools.partial(run.pgd, index=run.index[rows], seed=seed)
-    s = SimpleNamespace(model=copy.deepcopy(run.model), x=run.x[rows], y=run.y[rows], pgd=pgd)
-    s.model.cpu()  # the same draws on any device
+    model = copy.deepcopy(run.model).cpu()  # the same draws on any device
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        for module in s.model.modules():
+        for module in model.modules():
             if hasattr(module, 'reset_parameters'):
                 module.reset_parameters()
-    s.model.to(s.x)
-    analysis.recompute_bn(s)
-    return mean_loss(s.model, pgd(fast.folded(s.model, s.x[:8]), s.x, s.y), s.y)[0]
+    model.to(x)
+    analysis.recompute_bn(model, x, y, pgd)
+    x_adv = pgd(fast.folded(model, x[:8]), x, y)
+    return mean_loss(model, x_adv, y)[0]
 
 
 def analyze(run, args):
     """Computes the missing parts of the run's result, prints it and returns its path."""
     stem = 'hessian_power' if args.solver == 'power' else 'hessian'
-    path = analysis.output(run, stem, args)
+    path = analysis.output(run.folder, stem, args)
     dim, like = sum(p.numel() for p in run.model.parameters()), run.x.new_zeros(())
     if args.k > min(dim, args.max_products):
         raise ValueError(f'--k {args.k}: {dim:,} parameters, {args.max_products} products at most')
@@ -175,20 +176,14 @@ def has_pairs(result, args):
 def show(result):
     """Prints the result."""
     eigen, scale = result['eigen'], statistics.mean(result['random_losses'])
-    table = pandas.DataFrame({key: eigen[key] for key in ('values', 'residuals', 'converged')})
+    table = pd.DataFrame({key: eigen[key] for key in ('values', 'residuals', 'converged')})
     print(table.assign(normalized=table['values'] / scale).to_string(float_format='{:.4g}'.format))
     print(f'{eigen["products"]} products; L_eps {result["loss"]:.4g}, of random thetas {scale:.4g}')
     if result['traces']:
-        traces = pandas.Series(result['traces'])
+        traces = pd.Series(result['traces'])
         print(f'trace {traces.mean():.5g} +- {traces.sem():.2g}')
     if not table['converged'].all():
         print('pairs that have not converged are not eigenpairs; raise --max-products')
-
-
-def main(argv=None):
-    args = parse(argv)
-    with fast.tf32(False):
-        return analyze(analysis.load_run(args.run, args), args)
 
 
 def parse(argv):
@@ -207,6 +202,12 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.max_products = args.max_products or (50 if args.solver == 'power' else 15) * args.k
     return args
+
+
+def main(argv=None):
+    args = parse(argv)
+    with fast.tf32(False):
+        return analyze(analysis.load_run(args.run, args), args)
 
 
 if __name__ == '__main__':

@@ -5,10 +5,11 @@ Eigenvectors are hessian.py's.
 """
 
 import argparse
+import functools
 import math
 import statistics
 
-import pandas
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import vector_to_parameters
@@ -70,11 +71,11 @@ def similarity(run, args):
             errors += [error for _, _, error in ends]
         return {'cosine': statistics.mean(cosines), 'robust_error': statistics.mean(errors)}
 
-    path = analysis.output(run, 'similarity', args)
+    path = analysis.output(run.folder, 'similarity', args)
     keys = [{'direction': direction, 'a': a} for direction in directions for a in args.a]
     result = compute_missing(path, run.metadata | {'eigenvectors': source}, keys, compute, args)
     record.save(path, result | {'complete': True})
-    print(pandas.DataFrame(result['points']).to_string(index=False))
+    print(pd.DataFrame(result['points']).to_string(index=False))
     return path
 
 
@@ -87,12 +88,12 @@ def surface(run, args):
         _, loss, error = attacked(run, model, a * v_1 + b * v_2, args.seed)
         return {'loss': loss, 'robust_error': error}
 
-    path = analysis.output(run, 'surface', args)
+    path = analysis.output(run.folder, 'surface', args)
     ticks = [args.radius * (2 * i / max(1, args.grid - 1) - 1) for i in range(args.grid)]
     keys = [{'a': a, 'b': b} for a in ticks for b in ticks]
     result = compute_missing(path, run.metadata | {'eigenvectors': source}, keys, compute, args)
     record.save(path, result | {'complete': True})
-    print(pandas.DataFrame(result['points']).agg(['min', 'max']))
+    print(pd.DataFrame(result['points']).agg(['min', 'max']))
     return path
 
 
@@ -149,7 +150,7 @@ def connect(run, args):
     alike = [(e.metadata['dataset'], e.eps, [p.shape for p in e.model.parameters()]) for e in ends]
     if run.metadata['digest'] == other.metadata['digest'] or alike[0] != alike[1]:
         raise ValueError(f'{args.run}, {args.other}: no two networks of one shape, dataset and eps')
-    file = analysis.output(run, f'connect_{other.folder.resolve().name}', args)
+    file = analysis.output(run.folder, f'connect_{other.folder.resolve().name}', args)
     metadata = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
     settings = 'n_control', 'epochs', 'lr', 'train_batch_size'
     metadata |= {name: vars(args)[name] for name in settings}
@@ -158,17 +159,19 @@ def connect(run, args):
     curves = {'line': line, 'bezier': (1 - share) * line[0] + share * line[1]}
     losses = train_curve(curves['bezier'], run, args, metadata, file.with_suffix('.pt'))
 
+    pgd = functools.partial(run.pgd, seed=args.seed)
+
     def compute(path, t):
         vector_to_parameters(bezier(t, curves[path])[0], run.model.parameters())
-        analysis.recompute_bn(run, seed=args.seed)
-        x_adv = run.pgd(run.model, run.x, run.y, seed=args.seed)
+        analysis.recompute_bn(run.model, run.x, run.y, pgd)
+        x_adv = pgd(run.model, run.x, run.y)
         loss, error = mean_loss(run.model, x_adv, run.y)
         return {'loss': loss, 'robust_error': error}
 
     ticks = [i / max(1, args.points - 1) for i in range(args.points)]
     keys = [{'path': path, 't': t} for path in curves for t in ticks]
     result = compute_missing(file, metadata, keys, compute, args)
-    points = pandas.DataFrame(result['points']).sort_values('t')
+    points = pd.DataFrame(result['points']).sort_values('t')
     table = points.groupby('path')['loss'].agg(['first', 'last', 'max'])
     table['barrier'] = table['max'] - table[['first', 'last']].max(axis=1)
     print(table)
@@ -203,10 +206,10 @@ def dead_units(model, x, batch_size):
 
 def dead(run, args):
     """C.2.4: the share of units in each layer that no training image activates."""
-    path = analysis.output(run, 'dead', args)
+    path = analysis.output(run.folder, 'dead', args)
     classes, units = dead_units(run.model, run.x, args.batch_size)
     rows = [(layer, len(gone), gone.sum().item()) for layer, gone in units.items()]
-    layers = pandas.DataFrame(rows, columns=['layer', 'units', 'dead'])
+    layers = pd.DataFrame(rows, columns=['layer', 'units', 'dead'])
     layers['share'] = layers.dead / layers.units
     layers['all'] = layers.dead == layers.units
     n_classes = len(classes.unique())
@@ -222,9 +225,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
-    def command(run):
-        sub = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=cli.HelpFormatter)
-        sub.set_defaults(command=run)
+    def command(function):
+        name, text = function.__name__, function.__doc__
+        sub = commands.add_parser(name, help=text, formatter_class=cli.HelpFormatter)
+        sub.set_defaults(command=function)
         sub.add_argument('run', help='run folder (its last model) or checkpoint')
         analysis.add_flags(sub)
         return sub.add_argument

@@ -9,15 +9,15 @@ import torch
 from classifier import frozen, has_nan, logits_of, refuse_nan
 
 
-def attack(run):
-    """Makes the search `run` an attack as attack.py describes it.
+def attack(search):
+    """Makes a function that searches an attack as attack.py describes it.
 
     ValueError, naming the attack, for arguments that `prepare` refuses. The model is frozen during
     the search. Images in half precision are searched in float32 and rounded for the model alone.
     """
-    signature = inspect.signature(run)
+    signature = inspect.signature(search)
 
-    @functools.wraps(run)
+    @functools.wraps(search)
     def checked(*args, **kwargs):
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
@@ -27,13 +27,12 @@ def attack(run):
             try:
                 prepare(a)
             except ValueError as error:
-                raise type(error)(f'{run.__name__}: {error}') from None
-            if a['eps'] == 0 and not a.get('best_distance'):
+                raise type(error)(f'{search.__name__}: {error}') from None
+            if a['eps'] == 0:
                 return a['x'].clone()
             if dtype.itemsize < 4:
                 a['x'], a['model'] = a['x'].float(), lambda x: model(x.to(dtype))
-            result = run(*call.args, **call.kwargs)
-        return result.to(dtype) if isinstance(result, torch.Tensor) else result
+            return search(*call.args, **call.kwargs).to(dtype)
 
     return checked
 

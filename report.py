@@ -4,12 +4,12 @@ Without RUN, of all runs below ckpts/. --budget, --rate and --width name the run
 which may differ only in what it varies; each may be given several times. Into --out go index.md,
 which says what each picture shows, table1.md and .csv, and claims.md. Over seeds a number is mean
 and deviation: 8.58(89) is 8.58 +- 0.89. Overfitting is the robust error on test images less that on
-training images, by training's PGD, in points, over the last five epochs.
+training images, by training's PGD, in points, over those of the last five epochs that were trained
+at the target budget.
 """
 
 import argparse
 import copy
-import itertools
 import pathlib
 from types import SimpleNamespace
 
@@ -75,20 +75,25 @@ def make_study(kind, runs):
     ValueError names two runs that differ in what the study does not vary, or in nothing.
     """
     runs = sorted(map(copy.copy, runs), key=lambda run: (run.config['eps'], run.config['seed']))
-    first, unpaired = runs[0], {run.digest for run in runs if not run.untrained}
     check_alike(kind, runs)
+    first = runs[0]
+    unpaired = {run.digest for run in runs if not run.untrained}
     for run in runs:  # pairs that share a run are not independent
-        if run.connect and (pair := {run.digest, run.connect['other']}) <= unpaired:
+        if not run.connect:
+            continue
+        pair = {run.digest, run.connect['other']}
+        if pair <= unpaired:
             unpaired -= pair
         else:
             run.connect = None
     study = SimpleNamespace(kind=kind, runs=runs, dataset=first.config['dataset'], full={})
     paper = all(tables.of_paper(run.config, STUDIES[kind]) for run in runs)
     for name in (*ANALYSES, 'pgd', 'trace'):
-        n = max((getattr(run, name) or {'n': 0})['n'] for run in runs)
+        results = [getattr(run, name) for run in runs]
+        n = max((result['n'] for result in results if result), default=0)
         study.full[name] = paper and (n >= 10000 or name == 'trace')
-        for run in runs:
-            if (getattr(run, name) or {'n': n})['n'] < n:
+        for run, result in zip(runs, results):
+            if result and result['n'] < n:
                 setattr(run, name, None)
     study.frame = pd.DataFrame([run.config | claims.measures(run) for run in runs])
     study.experiment = claims.experiment(first.config, paper or kind == 'width')
@@ -123,11 +128,11 @@ def write(args, runs, studies):
     results = [result for run in runs for result in (run.config, *run.evaluations)]
     sessions = [session for result in results for session in result['provenance']]
     made = {f'- commit {s["commit"]}, torch {s["torch"]}, {s["device"]}\n' for s in sessions}
+    written = [tables.markdown(heading, table) for heading, table in numbers.items()]
     with record.lock(args.out):
         shown = figures.draw(studies, theory, args.out)
         texts = {
-            'table1.md': ''.join(itertools.starmap(tables.markdown, numbers.items()))
-            + ''.join(sorted(made)),
+            'table1.md': ''.join(written + sorted(made)),
             'table1.csv': frame.to_csv(index=False),
             'claims.md': f'{claims.RULE}\n\n' + tables.markdown('# Claims', said_once),
             'index.md': ''.join(f'- {shown[name]}\n\n  ![{name}]({name})\n' for name in shown),
@@ -135,7 +140,9 @@ def write(args, runs, studies):
         for name, text in texts.items():
             record.replace(args.out / name, lambda file, text=text: file.write(text.encode()))
     for heading, table in numbers.items():
-        if len(table := table[table['runs'] > 0] if 'runs' in table else table):
+        if 'runs' in table:  # rows of Table 1 without any are not printed
+            table = table[table['runs'] > 0]
+        if len(table):
             print(f'{heading}\n{table.to_string(index=False)}\n')
     for claim, _, verdict, ours, n, experiment, _ in judged.dropna().values:
         print(f'{verdict:<28}{claim}: {ours}, {n}, {experiment}')

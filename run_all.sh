@@ -116,6 +116,19 @@ for name, least in (line.split(">=") for line in open("requirements.txt")):
     ) || fail 'no .venv: it takes Python 3.10 or newer with venv (python3-venv) and a network'
 }
 
+job() {  # RUNNER NAME LINE: runs a line of the plan unless it is done; prints how it failed
+    log=logs/$2.log stamp=logs/$2.done line=$3
+    run=${line#*--out } run=${run%% *}
+    [[ $line == *--out* ]] || run=evals  # of theory.py
+    kill -0 "$1" 2> /dev/null || exit 255  # without run_all.sh, xargs starts no further job
+    [[ ! -s $stamp ]] || grep -qvxFf <(state) "$stamp" || return 0  # it ended well, no file is gone
+    mkdir -p "${log%/*}" && echo "$2 ..." >&2
+    bash -c "$line" >> "$log" 2>&1 < /dev/null && state > "$stamp" ||
+        echo "$log: $(tail -n 1 "$log")"
+}
+
+state() { echo "$line $code"; ls "$run" 2> /dev/null || true; }  # what a stamp holds
+
 main() {
     size=paper parts='' list='' cpu='' test='' I=1 N=1 extra='' data='' seeds='0 1 2'
     while [[ $# -gt 0 && $1 != -- ]]; do
@@ -156,17 +169,8 @@ main() {
     [[ -n $cpu || ${jobs[*]} != *train.py* ]] || "$python" -c 'import torch; torch.cuda.init()' \
         2> /dev/null || fail 'no GPU is here: use --quick (minutes), --small (a day) or --cpu'
     mkdir -p "ckpts/$size" && echo "$((${#jobs[@]} / 2)) jobs, ${JOBS:=1} at once; output: logs/"
-    code=$(cat -- *.py | cksum) && export code
-    failed=$(printf '%s\0' "${jobs[@]}" | xargs -0 -n 2 -P "$JOBS" bash -c '
-        runner=$0 name=$1 line=$2 log=logs/$1.log stamp=logs/$1.done
-        kill -0 "$runner" 2> /dev/null || exit 255  # without run_all.sh, xargs starts no further job
-        run=${line#*--out } run=${run%% *}
-        [[ $line == *--out* ]] || run=evals  # of theory.py
-        state() { echo "$line $code" && ls "$run" 2> /dev/null || true; }
-        [[ ! -s $stamp ]] || grep -qvxFf <(state) "$stamp" || exit 0  # it ended well, no file is gone
-        mkdir -p "${log%/*}" && echo "$name ..." >&2
-        bash -c "$line" >> "$log" 2>&1 < /dev/null && state > "$stamp" ||
-            echo "$log: $(tail -n 1 "$log")"' $$) ||
+    code=$(cat -- *.py | cksum) && export code && export -f job state
+    failed=$(printf '%s\0' "${jobs[@]}" | xargs -0 -n 2 -P "$JOBS" bash -c 'job "$@"' - $$) ||
         fail 'interrupted; the same command resumes'
     plan  # again, with the runs that are there now
     eval "$report" || failed+=$'\nthe report'

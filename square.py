@@ -23,7 +23,6 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
     channels, height, width = x.shape[1:]
     x_adv = x.clone()
     nan = flag(x)
-    block = torch.arange(20, device=x.device)  # queries between looks at which images are done
     sides = [square_side(query, p_init, height, width) for query in range(n_queries + 1)]
     sides = torch.tensor(sides, device=x.device)
 
@@ -43,7 +42,8 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
         return s
 
     def advance(s):
-        queries = s.query + block[: n_queries + 1 - int(s.query.max()), None]
+        n = min(20, n_queries + 1 - int(s.query.max()))  # then looks at which are done
+        queries = s.query + torch.arange(n, device=x.device)[:, None]
         draws = uniform('square', seed, index[s.rows], (2 + channels,), x, queries)
         for u, side in zip(draws, sides[queries]):
             rows = window_mask(u[:, 0], side, height)[:, None, :, None]

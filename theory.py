@@ -22,9 +22,8 @@ def version_space_eps(x, y, W):
 
 
 def constant_eps(x, y, W):
-    """The smallest eps at which W, (K, m), is in T_eps of (x, y) (Theorem 1). g_eps is convex along
-    gamma W, with its minimum at 0 if |v x| <= eps ||v||_1 where v = sum_j (w_j - w_y). Hence
-    eps >= ||x||_inf suffices for all W."""
+    """The smallest eps at which W, (K, m), is in T_eps of (x, y): no multiple of W has a lower loss
+    g_eps than 0 (Theorem 1). It is |v x| / ||v||_1, v = sum_j (w_j - w_y), at most ||x||_inf."""
     v = W.sum(0) - len(W) * W[y]
     return ((v @ x).abs() / v.abs().sum()).item()
 
@@ -51,9 +50,9 @@ def proposition_1(x, y, draws):
 
 
 def theorem_1(x, y, draws):
-    """How much the best multiple of each of the models `draws` gains over 0 in the loss at worst in
-    the ball around x, (m,): the most at ||x||_inf, 1.5 ||x||_inf and just above constant_eps, which
-    is at most 0 if the theorem holds; the least just below, above 0 if no smaller eps suffices."""
+    """By how much the best multiple gamma W of each of the models `draws` lowers the adversarial
+    loss at x, (m,), below that of gamma = 0: the most where the theorem says by nothing, just above
+    constant_eps, at ||x||_inf and at 1.5 ||x||_inf; the least just below constant_eps."""
     gammas = [sign * 10.0**i for i in range(-8, 1) for sign in (-1, 1)]
 
     def gain(W, eps):

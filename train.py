@@ -87,10 +87,11 @@ def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
         if i % 50 == 0 or i == n_batches - 1:  # rarely, since it waits for the device
             sums = torch.stack([loss_sum, errors.to(loss_sum), adversary.nan.to(loss_sum)])
             distributed.total(sums)
-            refuse_nan(sums[2] > 0)
-            if not sums[0].isfinite():
-                raise NotFiniteError(f'the loss became {sums[0].item()}')
-            mean_loss, error = sums[0].item() / seen, sums[1].item() / seen
+            total_loss, total_errors, found_nan = sums.tolist()
+            refuse_nan(found_nan)
+            if not math.isfinite(total_loss):
+                raise NotFiniteError(f'the loss became {total_loss}')
+            mean_loss, error = total_loss / seen, total_errors / seen
             bar.set_postfix_str(f'epoch {epoch + 1}/{c.epochs} loss {mean_loss:.2f}', refresh=False)
         bar.update(n)
     row = {'t': t, 'eps': eps, 'lr': lr, 'loss': mean_loss, 'train_robust_error': error}
@@ -140,7 +141,7 @@ def train(c, state, folder, args):
     model = models.build(c.model, data.DATASETS[c.dataset], c.width)
     model = model.to(device, memory_format=fast.memory_format(device, c.precision))
     model = distributed.synchronized(model, device)
-    theta_0 = [theta.detach().clone() for theta in model.parameters() if c.trace]
+    theta_0 = [theta.detach().clone() for theta in model.parameters()]
     optimizer = build_optimizer(model, c)
     log, trace = [], []
     if state:
@@ -175,8 +176,7 @@ def train(c, state, folder, args):
             trace += new
             bar.write(format_epoch(log[-1], c))
             save_checkpoint(folder, c, model, optimizer, log, trace)
-            late = args.minutes is not None and time.monotonic() - began > 60 * args.minutes
-            late = torch.tensor(float(late))
+            late = torch.tensor(float(time.monotonic() - began > 60 * args.minutes))
             distributed.total(late)
             if late:  # for one process, so all stop
                 break
@@ -238,7 +238,8 @@ NO_SETTINGS = 'device', 'data_dir', 'out', 'minutes', 'compile', 'periodic'
 def settings(args):
     """The config of the run that `args` ask for: all its settings, the paper's where they are None.
     ValueError if they contradict each other or are out of range."""
-    paper = data.DATASETS[args.dataset].settings(args.eps)
+    dataset = data.DATASETS[args.dataset]
+    paper = dataset.settings() if args.eps is None else dataset.settings(args.eps)
     paper['eps_max'] = paper['eps_max'].get(args.eps_sched, 2 * paper['eps'])
     given = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     c = argparse.Namespace(**{k: paper.get(k) if v is None else v for k, v in given.items()})
@@ -262,6 +263,8 @@ def settings(args):
         if not valid:
             found = data.show_settings(names.split(), vars(c))
             raise ValueError(f'{found} is out of range')
+    if c.eps_sched == 'constant' and (c.eps_min, c.eps_max) != (0, c.eps):
+        raise ValueError('a constant eps is that of --eps: leave out --eps-min and --eps-max')
     return c
 
 
@@ -303,7 +306,7 @@ def parser():
     add('--trace', type=cli.count, metavar='N', help='log the first and last N updates')
     add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32', help='of training alone')
     add('--seed', type=int, default=0, help='of initialisation, data order and attacks')
-    add('--minutes', type=float, help='stop after the epoch in which so many have passed')
+    add('--minutes', type=float, default=math.inf, help='stop after the epoch in which they pass')
     add('--compile', action='store_true', help='torch.compile the network')
     add('--out', help='folder of the run; ckpts/DATASET_MODEL_SCHED[_periodic]_sSEED')
     cli.add_machine_flags(p)

@@ -81,7 +81,7 @@ def test_a_gap_to_a_constant_classifier_proves_nothing(tmp_path):
     assert (row['verdict'], row['size']) == ('baseline untrained', "the paper's")
 
 
-@pytest.mark.parametrize('change', [{'lr': 0.5}, {'n': 500}, {'eps_min': 0.1}, {'settings': FEW}])
+@pytest.mark.parametrize('change', [{'lr': 0.5}, {'n': 500}, {'settings': FEW}])
 def test_runs_that_differ_in_more_are_not_compared(tmp_path, change):
     for seed in range(2):
         make_run(tmp_path / f'{seed}', f'--seed {seed}')
@@ -95,7 +95,7 @@ def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
         flags = f'--periodic --seed {seed} {SMALL}'
         make_run(tmp_path / f'{seed}p', flags, errors=[1, *[robust] * 6])
     (row,) = judged(tmp_path)['yes robust']
-    assert row['experiment'] == 'mnist lenet of width 16 (eps 0.4, constant eps)'
+    assert row['experiment'] == 'mnist lenet of width 16, eps 0.4, constant eps'
     assert row['ours'].startswith('2.95 (') and row['size'] == 'smaller'
 
 
@@ -107,7 +107,7 @@ def test_networks_are_compared_under_one_schedule(tmp_path):
             make_run(tmp_path / f'{model}{seed}{sched}', f'{flags} --seed {seed}', errors=errors)
     rows = judged(tmp_path)['resnet18 robust']
     for row, sched in zip(rows, ('constant', 'linear'), strict=True):
-        assert row['experiment'] == f'cifar10 resnet18 ({sched} eps, periodic)'
+        assert row['experiment'] == f'cifar10 resnet18, {sched} eps, periodic'
         assert row['ours'].startswith('4.5 (') and row['n'] == '2 seeds'
         assert (row['verdict'], row['size']) == ('inconclusive', "the paper's")
 
@@ -118,11 +118,15 @@ def test_an_ensemble_is_not_compared_with_a_model_of_fewer_epochs(tmp_path):
     assert judged(tmp_path)['yes robust'][0]['ours'] == '—'
 
 
-def test_settings_without_effect_make_no_second_baseline(tmp_path):
+def test_ramps_of_one_name_are_told_apart(tmp_path):
     table_runs(tmp_path / 'runs')
-    for seed in range(3):
-        make_run(tmp_path / f'runs/same{seed}', f'--seed {seed} --eps-max 0.6')
-    assert [row['n'] for row in judged(tmp_path / 'runs')['linear clean']] == ['3 seeds']
+    for seed, eps_max in itertools.product(range(3), (0.5, 0.6)):
+        flags = f'--seed {seed} --eps-sched linear --eps-max {eps_max}'
+        make_run(tmp_path / f'runs/{eps_max}{seed}', flags)
+    paper, *others = judged(tmp_path / 'runs')['linear clean']
+    assert (paper['experiment'], paper['n']) == ('mnist lenet', '3 seeds')
+    for row, eps_max in zip(others, (0.5, 0.6), strict=True):
+        assert row['experiment'] == f'mnist lenet of width 16, eps 0.4, eps_max {eps_max}'
 
 
 def rate_runs(folder, pgd, classes=10):

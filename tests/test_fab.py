@@ -9,7 +9,9 @@ from torch import nn
 
 import attack
 import classifier
-from fab import to_plane
+from fab import nearest_points, to_plane
+
+PUBLISHED = 0.1, 1.05, 0.9, 250  # alpha_max, eta, beta, batch_size
 
 
 def nearest(x, w, r):
@@ -56,7 +58,7 @@ def test_the_distance_to_a_linear_boundary_is_the_closed_form(classes):
     w, z = model[1].weight, model(x)
     distances = (z.gather(1, y[:, None]) - z) / (w[y][:, None] - w[None]).abs().sum(2)
     least = distances.nan_to_num(math.inf).amin(1)
-    x_adv, distance = attack.fab(model, x, y, eps, n_targets=4, best_distance=True)
+    x_adv, distance = nearest_points(model, x, y, -1, 100, 4, *PUBLISHED)
     inside = least < 0.3  # the pixel range is not in the way
     assert torch.allclose(distance[inside], least[inside], rtol=0.01) and inside.sum() > 70
     assert (distance >= least - 1e-9).all()
@@ -71,7 +73,7 @@ def test_with_the_pixel_range_in_the_way_it_is_the_linear_programs():
     model = at_half(3)[0]
     x = images(20, (1, 4, 4)).round()  # every pixel at its border
     y, w, z = model(x).argmax(1), model[1].weight, model(x)
-    _, distance = attack.fab(model, x, y, 1.0, n_targets=2, best_distance=True)
+    _, distance = nearest_points(model, x, y, -1, 100, 2, *PUBLISHED)
     for i in range(20):
         targets = [t for t in range(3) if t != y[i]]
         planes = [((w[y[i]] - w[t]).numpy(), (z[i, y[i]] - z[i, t]).item()) for t in targets]
@@ -111,8 +113,7 @@ def fab_of_one_image(f, x, n_iter, alpha_max, eta, beta):
 def test_fab_follows_algorithm_1_of_its_paper(settings):
     model, x, y = lenet(4)
     target = model(x).argsort(1)[:, -2]
-    names = dict(zip(('alpha_max', 'eta', 'beta'), settings))
-    _, found = attack.fab(model, x, y, 1.0, 12, 1, best_distance=True, **names)
+    _, found = nearest_points(model, x, y, -1, 12, 1, *settings, 250)
     for i in range(4):
 
         def f(z, i=i):

@@ -32,7 +32,8 @@ def make_run(folder, flags='', n=10000, errors=ERRORS, settings=SETTINGS, classe
     config = vars(train.settings(args)) | change
     folder.mkdir(parents=True)
     record.save(folder / 'config.json', config | {'provenance': [MADE]})
-    rows = [{'epoch': i + 1, 'loss': 1 / (i + 1), 'seconds': 60, 'gib': 0.5} for i in range(3)]
+    row = {'eps': config['eps'], 'seconds': 60, 'gib': 0.5}
+    rows = [row | {'epoch': i + 1, 'loss': 1 / (i + 1)} for i in range(3)]
     digests = [f'{folder} {i}' for i, _ in enumerate(config['periods'])]
     ends = [{'digest': digest} for digest in digests] + [{}, {}]
     rows = [row | end | {'predicted_classes': classes} for row, end in zip(rows, ends)]
@@ -127,7 +128,10 @@ def test_a_row_of_table_1_is_ours_the_papers_and_the_difference_in_deviations(tm
     assert 'commit abc, torch 2, H100' in (tmp_path / 'out/table1.md').read_text()
 
 
-@pytest.mark.parametrize('flags', ['', '--eps-sched cosine', '--dataset cifar10', PERIODIC])
+COSINE = '--eps-sched cosine --eps-max 0.6'  # which 1.5 * 0.4 is not
+
+
+@pytest.mark.parametrize('flags', ['', COSINE, '--dataset cifar10', PERIODIC])
 def test_the_papers_own_flags_are_rows_of_its_table(flags):
     args = train.parser().parse_args(['--dataset', 'mnist', *flags.split()])
     config = vars(train.settings(args))
@@ -150,6 +154,17 @@ def test_precisions_have_a_table_each(tmp_path):
     runs = [make_run(tmp_path / p, f'--precision {p}') for p in ('fp32', 'bf16')]
     full, half = reported(tmp_path / 'out', *runs)
     assert full[0]['runs'] == half[0]['runs'] == '1' and len(half) == 15
+
+
+def test_evaluations_with_another_seed_or_precision_have_a_table_each(tmp_path):
+    run = make_run(tmp_path / 'run')
+    result = record.load(tmp_path / 'run/evaluate.json')
+    for name, more in ('seed1', {'seed': 1}), ('tf32', {'precision': 'tf32'}):
+        record.save(tmp_path / f'run/evaluate_{name}.json', result | more)
+    found = reported(tmp_path / 'out', run)
+    assert [rows[0]['runs'] for rows in found] == ['1', '1', '1']
+    text = (tmp_path / 'out/table1.md').read_text()
+    assert 'fp32 (attacks in fp32, seed 1): ours' in text and '(attacks in tf32, seed 0)' in text
 
 
 def test_settings_that_differ_are_columns_and_the_others_are_said_once(tmp_path, monkeypatch):
@@ -229,7 +244,7 @@ def test_a_gain_has_an_interval_for_each_error_that_all_seeds_have(tmp_path, cla
     clean = '2.33 (0.899 to 3.77)'  # t = 4.303 with 2 degrees of freedom: 4.303 / 3 = 1.434
     assert row == {
         'change': 'eps_sched constant to sqrt',
-        'experiment': 'mnist lenet of width 16 (eps 0.4)',
+        'experiment': 'mnist lenet of width 16, eps 0.4',
         'robust': '1',
         'worst case': '2 (-0.484 to 4.48)',  # 4.303 / sqrt(3) = 2.484
         'clean': clean if note else f'**{clean}**',
@@ -238,11 +253,13 @@ def test_a_gain_has_an_interval_for_each_error_that_all_seeds_have(tmp_path, cla
     }
 
 
-def test_overfitting_is_of_the_last_five_epochs(tmp_path):
+def test_overfitting_is_of_the_last_five_epochs_at_the_target_budget(tmp_path):
     run = make_run(tmp_path / 'run', '--n-train 9')
     first, *_, row = record.load(f'{run}/log.jsonl')
-    errors = {'train_robust_error': 0.25, 'robust_error': 0.5}
-    record.save(f'{run}/log.jsonl', [first | errors | {'robust_error': 1}, *[row | errors] * 5])
+    first |= {'train_robust_error': 0.25, 'robust_error': 1}
+    row |= {'train_robust_error': 0.25, 'robust_error': 0.5}
+    ramp = row | {'eps': 0.1, 'train_robust_error': 0}
+    record.save(f'{run}/log.jsonl', [first, row, row, ramp, ramp, row])
     assert reported(tmp_path / 'out', run)[1][0]['overfitting'] == '25.0'
 
 

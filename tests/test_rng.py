@@ -36,4 +36,4 @@ def test_directions_have_their_law_and_are_decided_by_their_words():
     vectors = [rng.unit_vector(1000, torch.zeros(1), 1, word) for word in (5, 5, 6)]
     assert torch.equal(vectors[0], vectors[1]) and abs(vectors[0] @ vectors[2]) < 6 / 1000**0.5
     assert stats.kstest(vectors[0] * 1000**0.5, 'norm').pvalue > 1e-4
-    assert rng.signs(1000, torch.zeros(1), 1).unique(return_counts=True)[1].min() > 400
+    assert rng.rademacher(1000, torch.zeros(1), 1).unique(return_counts=True)[1].min() > 400

@@ -47,7 +47,6 @@ def test_learning_rates_by_hand():
     for kind, ts, expected in (
         ('step', (0, 0.495, 0.5, 0.745, 0.75, 0.99), (0.2, 0.2, 0.02, 0.02, 0.002, 0.002)),
         ('cosine', (0, 1 / 3, 1 / 2), (0.2, 0.15, 0.1)),
-        ('exponential', (0, 1 / 2), (0.2, 0.02)),
     ):
         assert [schedule.lr_at(t, kind, 0.2) for t in ts] == pytest.approx(expected)
 

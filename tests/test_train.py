@@ -258,6 +258,8 @@ def test_the_budget_0_is_clean_training(tiny, tmp_path):
         ('--lr-warmup 2', '--lr-warmup 2.0 is out'),
         ('--n-eval -1', '--n-eval -1 is out'),
         ('--dataset cifar10 --eps-min 9/255 --eps-max 0', '--eps-min 9/255 --eps-max 0 is out'),
+        ('--eps-max 0.2', 'a constant eps is that of --eps'),
+        ('--eps-min 0.2', 'a constant eps is that of --eps'),
     ],
 )
 def test_a_bad_flag_is_named_with_its_value_before_anything_is_written(flags, message, capsys):
