@@ -9,9 +9,9 @@
 # at once; --shard I/N takes every N-th job from the I-th on; flags behind -- go to every train.py;
 # only the parts named are run: table1, standard (AutoAttack on its runs; not in the paper), budget
 # (Figures 2, 3, 4, 8, 11, 12), rate (Figure 5, C.2.3), width (C.2.4), connect (C.2.5), theory
-# (Figure 1), or fig5, c24 ... SEEDS="0 1 2" are run (--quick: "0 1"; connect pairs them), JOBS=1 at
-# once (--small, --quick: one per core). DATA_DIR=data holds mnist.npz, cifar10.npz. PYTHON=python3
-# is used if it has the packages, else a .venv is made. The same command resumes.
+# (Figure 1), or fig5, c24 ... SEEDS="0 1 2" are run (--quick: "0 1"; connect takes two seeds a pair),
+# JOBS=1 at once (--small, --quick: one per core). DATA_DIR=data holds mnist.npz, cifar10.npz.
+# PYTHON=python3 is used if it has the packages, else a .venv is made. The same command resumes.
 set -euo pipefail
 
 # The table: rows EXPERIMENT:TASK:SCHEDULE:EPS:LR:WIDTH[:SEED]. A task is DATASET_MODEL and holds
