@@ -125,7 +125,8 @@ def notes(pair, setting):
 def of_table(frame, settings):
     """Findings on Table 1, from a frame of evaluations."""
     for gain in gains(frame, settings):
-        for claim, values in gain.values.add_prefix(f'{gain.other} ').items():
+        for error, values in gain.values.items():
+            claim = f'{gain.other} {error}'
             if claim in CLAIMS:
                 yield finding(claim, gain.full, gain.experiment, values, untrained=gain.untrained)
 
