@@ -214,7 +214,7 @@ def parse(argv):
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=cli.HelpFormatter)
     add = p.add_argument
-    add('runs', nargs='*', metavar='RUN', help='runs or checkpoints, each evaluated by itself')
+    add('runs', nargs='*', metavar='RUN', help='runs, folders of them, checkpoints: each by itself')
     add('--ensemble', nargs='+', metavar='PATH', help='runs and checkpoints, as one ensemble')
     keys = list(attack.ATTACKS)
     add('--attacks', nargs='+', choices=keys, default=keys, help='columns of Table 1')
@@ -226,6 +226,8 @@ def parse(argv):
     args = p.parse_args(argv)
     if bool(args.runs) == bool(args.ensemble):
         p.error('name either runs or --ensemble PATH...')
+    if args.standard and args.attacks != keys:
+        p.error('--standard has attacks of its own: leave out --attacks')
     return args
 
 

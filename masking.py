@@ -21,8 +21,8 @@ def signs(model, x, y, robust, batch_size=250):
             still += (gradient.flatten(1) == 0).all(1).sum().item()
     if still > 0.01 * n:
         found['zero gradient'] = (
-            f'the gradient is exactly zero at {still} of {n} images: saturated or masked, so that '
-            'PGD does not move them; read the columns of DLR and Square'
+            f'the gradient is exactly zero at {still} of {n} images: a constant classifier, or one '
+            'that is saturated or masked; PGD does not move them: read the columns DLR and Square'
         )
     difference = (once - again).abs().max().item()
     if difference > 1e-3 * once.abs().max().item():

@@ -2,10 +2,7 @@
 
 Without RUN, of all runs below ckpts/. --budget, --rate and --width name the runs of a study each,
 which may differ only in what it varies; each may be given several times. Into --out go index.md,
-which says what each picture shows, table1.md and .csv, and claims.md. Over seeds a number is mean
-and deviation: 8.58(89) is 8.58 +- 0.89. Overfitting is the robust error on test images less that on
-training images, by training's PGD, in points, over those of the last five epochs that were trained
-at the target budget.
+which says what each picture shows, table1.md and .csv, and claims.md.
 """
 
 import argparse
@@ -110,7 +107,7 @@ def check_alike(kind, runs):
                 raise ValueError(f'--{kind}: {run.path} has {name} {ours}, {first.path} {theirs}')
         alike = data.show_settings(('seed', *VARIED), run.config)
         if alike in seen:
-            raise ValueError(f'--{kind}: {seen[alike]} and {run.path} both have {alike}')
+            raise ValueError(f'--{kind}: {seen[alike]} and {run.path} both have {alike}; name one')
         seen[alike] = run.path
 
 
@@ -132,7 +129,7 @@ def write(args, runs, studies):
     with record.lock(args.out):
         shown = figures.draw(studies, theory, args.out)
         texts = {
-            'table1.md': ''.join(written + sorted(made)),
+            'table1.md': ''.join([tables.NOTES, *written, *sorted(made)]),
             'table1.csv': frame.to_csv(index=False),
             'claims.md': f'{claims.RULE}\n\n' + tables.markdown('# Claims', said_once),
             'index.md': ''.join(f'- {shown[name]}\n\n  ![{name}]({name})\n' for name in shown),
@@ -172,13 +169,15 @@ def main(argv=None):
     if not runs and (args.out / 'table1.md').exists():
         raise ValueError(f'there is no run to report on; {args.out} stays as it is')
     write(args, list(runs.values()), studies)
-    idle = [
-        str(run.path)
-        for run in runs.values()
-        if not run.evaluations and not any(getattr(run, name) for name in ANALYSES)
-    ]
-    if idle:
-        print(f'trained, but not evaluated: {", ".join(idle)}')
+    left_out = {'not finished': [], 'trained, but not evaluated': []}
+    for run in runs.values():
+        if not run.log and not run.diverged:
+            left_out['not finished'].append(str(run.path))
+        elif not run.evaluations and not any(getattr(run, name) for name in ANALYSES):
+            left_out['trained, but not evaluated'].append(str(run.path))
+    for state, paths in left_out.items():
+        if paths:
+            print(f'{state}: {", ".join(paths)}')
 
 
 if __name__ == '__main__':

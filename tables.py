@@ -12,8 +12,13 @@ import record
 import train
 
 FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # logging, and the luck of the draw
-GAINS = """Gains over a baseline in points, with 95 % intervals over paired seeds; bold is a verdict
-by the rule of claims.md; robust is the mean of the five attacks"""
+NOTES = """Errors are percent; 8.58(89) is 8.58 +- 0.89 over seeds; a dash: not measured.
+Overfitting: the robust error on test images less that on training images, by training's PGD, in
+points, over those of the last five epochs that were trained at the target budget.
+
+"""
+GAINS = """Gains over a baseline: points of error less, with 95 % intervals over paired seeds; bold
+is a verdict by the rule of claims.md; robust is the mean of the five attacks"""
 NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
 # columns about each run
 MORE = 'seed', 'full', 'untrained', 'experiment', 'periodic', 'overfitting', 'minutes', 'gib'
@@ -53,7 +58,7 @@ def other_runs(runs, settings, errors):
     defaults = train.config_of(['--dataset', dataset])
     defaults = {name: data.show(name, defaults[name], dataset) for name in defaults}
     defaults |= {'model': model, 'width': ''}  # another model has another default
-    defaults |= {'attack precision': 'fp32', 'attack seed': '0'}
+    defaults |= {'periods': 'one', 'attack precision': 'fp32', 'attack seed': '0'}
     common = []
     for name in same:
         value = ''.join(runs[name].dropna().unique())
@@ -106,6 +111,8 @@ def row_of(run, result):
     for key, by in attacks.items():
         typed[f'{attack.title(key)} by'] = 'training' if by == training else by
     typed = {name: data.show(name, typed[name], config['dataset']) for name in typed}
+    if periodic(config) == 'no':
+        typed['periods'] = 'one'
     names = ['clean', *attacks]
     if set(claims.ATTACKS) <= {attack.title(key) for key in attacks}:
         names.append('worst')

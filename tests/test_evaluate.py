@@ -241,7 +241,11 @@ def test_what_is_no_finished_run_is_refused_by_name(copies, spoil, message):
 
 @pytest.mark.parametrize(
     'flags, message',
-    [('', 'name either runs or --ensemble'), ('x --n-examples 0', "--n-examples: '0'")],
+    [
+        ('', 'name either runs or --ensemble'),
+        ('x --n-examples 0', "--n-examples: '0'"),
+        ('x --standard --attacks pgd', 'leave out --attacks'),
+    ],
 )
 def test_bad_flags_are_refused_with_their_value(flags, message, capsys):
     with pytest.raises(SystemExit):

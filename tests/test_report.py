@@ -291,6 +291,17 @@ def test_an_evaluation_of_an_earlier_training_does_not_count(tmp_path):
     assert len(reported(tmp_path / 'out', run)) == 1
 
 
+def test_runs_without_a_result_are_named(tmp_path, capsys):
+    for name in 'begun', 'trained':
+        make_run(tmp_path / name, f'--n-train 9 --periods 1 {len(name)}')
+        (tmp_path / name / 'evaluate.json').unlink()
+    record.save(tmp_path / 'begun/log.jsonl', record.load(tmp_path / 'begun/log.jsonl')[:1])
+    reported(tmp_path / 'out', tmp_path)
+    *_, unfinished, idle, _ = capsys.readouterr().out.split('\n')
+    assert unfinished == f'not finished: {tmp_path}/begun'
+    assert idle == f'trained, but not evaluated: {tmp_path}/trained'
+
+
 def test_a_report_without_runs_does_not_replace_one(tmp_path):
     assert len(reported(tmp_path / 'out')[0]) == 15
     reported(tmp_path / 'out', make_run(tmp_path / 'run'))
