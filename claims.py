@@ -122,9 +122,9 @@ def notes(pair, setting):
         yield 'periodic'
 
 
-def of_table(frame, settings):
-    """Findings on Table 1, from a frame of evaluations."""
-    for gain in gains(frame, settings):
+def of_table(gains):
+    """Findings on Table 1, from Gains."""
+    for gain in gains:
         for error, values in gain.values.items():
             claim = f'{gain.other} {error}'
             if claim in CLAIMS:
@@ -271,7 +271,7 @@ def table(findings):
     paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
     paper = paper.assign(experiment='', seed=0, full=True, untrained=0)
     paper[['eps_min', 'eps_max', 'periods']] = ''
-    papers = pd.DataFrame(of_table(paper, ROW), columns=Finding._fields)
+    papers = pd.DataFrame(of_table(gains(paper, ROW)), columns=Finding._fields)
     theirs = papers['ours'].astype(float).groupby(papers['claim']).agg(['min', 'max'])
     rows = []
     for claim, (sentence, where) in CLAIMS.items():

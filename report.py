@@ -116,10 +116,11 @@ def write(args, runs, studies):
     path = pathlib.Path('evals/theory.json')
     theory = record.load(path) if path.exists() else {}
     frame, settings, errors = tables.evaluated(runs)
-    found = [*claims.of_table(frame, settings), *claims.of_theory(theory)]
+    gains = list(claims.gains(frame, settings))
+    found = [*claims.of_table(gains), *claims.of_theory(theory)]
     for study in studies:
         found += getattr(claims, f'of_{study.kind}')(study)
-    judged, numbers = claims.table(found), tables.make(frame, settings, errors)
+    judged, numbers = claims.table(found), tables.make(frame, settings, errors, gains)
     said_once = judged.copy()
     said_once.loc[judged['claim'].duplicated(), ['claim', 'in the paper']] = ''
     results = [result for run in runs for result in (run.config, *run.evaluations)]

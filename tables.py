@@ -24,8 +24,8 @@ NO_ATTACKS = 'clean', 'worst', 'standard'  # columns that are not of one attack
 MORE = 'seed', 'full', 'untrained', 'experiment', 'periodic', 'overfitting', 'minutes', 'gib'
 
 
-def make(frame, settings, errors):
-    """The tables of table1.md, {heading: frame}."""
+def make(frame, settings, errors, gains):
+    """The tables of table1.md, {heading: frame}; `gains` are claims.gains(frame, settings)."""
     full, others, found = frame[frame['full']], frame[~frame['full']], {}
     kinds = {('fp32', 'fp32', '0'): full[:0]}
     kinds |= dict(list(full.groupby(['precision', 'attack precision', 'attack seed'])))
@@ -37,7 +37,7 @@ def make(frame, settings, errors):
     for _, runs in others.groupby(['model', 'dataset'], sort=False):
         heading, table = other_runs(runs, settings, errors)
         found[heading] = table
-    return found | {GAINS: gains(frame, settings), 'Ensembles': ensembles()}
+    return found | {GAINS: gained(gains), 'Ensembles': ensembles()}
 
 
 def table_1(runs, errors):
@@ -70,15 +70,15 @@ def other_runs(runs, settings, errors):
     return heading, pd.DataFrame(rows)
 
 
-def gains(frame, settings):
-    """claims.gains as a frame, with the errors that all seeds have."""
+def gained(gains):
+    """The Gains as a frame, with the errors that all seeds have."""
     rows = []
-    for gain in claims.gains(frame, settings):
+    for gain in gains:
         n, row = len(gain.values), {'change': gain.change, 'experiment': gain.experiment}
         for name, values in gain.values.dropna(axis=1).items():
             found = claims.finding(name, gain.full, '', values, untrained=gain.untrained)
-            outside = found.verdict in ('holds', 'does not hold')
-            row[name] = f'**{found.ours}**' if outside else found.ours
+            decided = found.verdict in ('holds', 'does not hold')
+            row[name] = f'**{found.ours}**' if decided else found.ours
         note = f'{gain.untrained} of {n} baselines untrained' if gain.untrained else ''
         rows.append(row | {'seeds': n, 'note': note})
     return pd.DataFrame(rows)

@@ -141,7 +141,7 @@ def train(c, state, folder, args):
     model = models.build(c.model, data.DATASETS[c.dataset], c.width)
     model = model.to(device, memory_format=fast.memory_format(device, c.precision))
     model = distributed.synchronized(model, device)
-    theta_0 = [theta.detach().clone() for theta in model.parameters()]
+    theta_0 = [theta.detach().clone() for theta in model.parameters()] if c.trace else []
     optimizer = build_optimizer(model, c)
     log, trace = [], []
     if state:
