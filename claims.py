@@ -18,6 +18,10 @@ all values are equal. A count has no interval: all seeds of at least 3 must agre
 untrained*: what the claim compares with is a constant classifier. A dash: not measured. Robust
 error: the mean of the five attacks."""
 
+# the paper's settings of each attack that are not those of training
+APGD = {'n_iter': 100, 'n_restarts': 5}
+ATTACKS = {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': APGD, 'apgd100_dlr': APGD}
+ATTACKS |= {'square5k': {'n_queries': 5000}}
 # a baseline, the setting whose value it is, and those that go along with it
 BASELINES = [('constant', 'eps_sched', 'eps_min', 'eps_max'), ('no', 'periodic', 'periods')]
 BASELINES += [('vgg', 'model')]
@@ -26,7 +30,7 @@ Finding = collections.namedtuple('Finding', 'claim full experiment verdict ours 
 COLUMNS = ['claim', 'in the paper', 'verdict', 'ours', 'n', 'experiment', 'size']  # of claims.md
 ROW = ['dataset', 'model', 'periodic', 'eps_sched']
 PAPER = pd.read_csv(pathlib.Path(__file__).with_name('table1.txt'), sep=r'\s+', index_col=ROW)
-ATTACKS = [title for title in PAPER if title != 'clean']
+TITLES = [title for title in PAPER if title != 'clean']
 
 # a claim, with the unit of a value that is above 0 if it holds, and where the paper makes it
 CLAIMS = {
@@ -93,7 +97,7 @@ def gains(frame, settings):
     frame: a row for each evaluation, with `settings`, errors in percent, seed, full, experiment,
     untrained and periodic.
     """
-    frame = frame.assign(robust=frame.reindex(columns=ATTACKS).mean(axis=1, skipna=False))
+    frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
     frame = frame.dropna(subset='robust')
     errors = [name for name in ('robust', 'worst case', 'AutoAttack', 'clean') if name in frame]
     for baseline, setting, *along in BASELINES:

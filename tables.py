@@ -114,15 +114,14 @@ def row_of(run, result):
     if periodic(config) == 'no':
         typed['periods'] = 'one'
     names = ['clean', *attacks]
-    if set(claims.ATTACKS) <= {attack.title(key) for key in attacks}:
+    if claims.ATTACKS.keys() <= attacks.keys():
         names.append('worst')
     if 'standard' in columns:
         names.append('standard')
     errors = {attack.title(key): 100 * columns[key]['error'] for key in names}
     full = of_paper(config) and result['n'] == result['n_test']
-    for key, run_attack in attack.ATTACKS.items():
-        if key in attacks:
-            full = full and getattr(run_attack, 'keywords', {}).items() <= attacks[key].items()
+    for key in claims.ATTACKS.keys() & attacks:
+        full = full and claims.ATTACKS[key].items() <= attacks[key].items()
     # the error on training images is one at the target budget in some epochs alone
     ends = [epoch for epoch in run.log[-5:] if epoch['eps'] == config['eps']]
     ends = pd.DataFrame(ends, columns=['train_robust_error', 'robust_error'], dtype=float).mean()
