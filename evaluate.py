@@ -21,16 +21,11 @@ import numpy as np
 import scipy.stats
 import torch
 
-import analysis
 import attack
-import cli
 import data
-import distributed
-import fast
-import masking
 import models
-import record
-from classifier import correct
+from lib import analysis, cli, distributed, fast, masking, record
+from lib.classifier import correct
 
 
 def evaluate(model, x, y, e, args):

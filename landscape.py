@@ -14,14 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import vector_to_parameters
 
-import analysis
-import cli
 import data
-import fast
-import record
-import rng
 import schedule
-from classifier import mean_loss, predict
+from lib import analysis, cli, fast, record, rng
+from lib.classifier import flat, mean_loss, predict
 
 
 def compute_missing(path, metadata, keys, compute, args):
@@ -42,7 +38,7 @@ def attacked(run, model, delta, seed):
     """Adversarial examples, L_eps and robust error of `model`, the folded run.model, at parameters
     theta + delta, (dim,); theta is restored bit for bit."""
     parameters = list(run.model.parameters())
-    theta = analysis.flat(parameters)
+    theta = flat(parameters)
     try:
         vector_to_parameters(theta + delta, parameters)
         model.refold()
@@ -132,7 +128,7 @@ def train_curve(points, run, args, metadata, path):
                 vector_to_parameters(theta, parameters)
                 x_adv = run.pgd(run.model, x, y, seed=rng.fold_in(args.seed, epoch, i), index=None)
                 loss = F.cross_entropy(run.model.train()(x_adv), y)
-                gradient = analysis.flat(torch.autograd.grad(loss, parameters))
+                gradient = flat(torch.autograd.grad(loss, parameters))
                 inner.grad = weights[1:-1, None] * gradient  # the chain rule
                 optimizer.step()
                 total += loss.item() * len(y) / len(run.x)
@@ -154,7 +150,7 @@ def connect(run, args):
     metadata = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
     settings = 'n_control', 'epochs', 'lr', 'train_batch_size'
     metadata |= {name: vars(args)[name] for name in settings}
-    line = torch.stack([analysis.flat(end.model.parameters()) for end in ends])
+    line = torch.stack([flat(end.model.parameters()) for end in ends])
     share = torch.arange(args.n_control).to(line)[:, None] / (args.n_control - 1)
     curves = {'line': line, 'bezier': (1 - share) * line[0] + share * line[1]}
     losses = train_curve(curves['bezier'], run, args, metadata, file.with_suffix('.pt'))

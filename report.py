@@ -12,13 +12,10 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-import claims
-import cli
 import data
-import figures
-import record
-import tables
 import train
+from lib import cli, record
+from paper import claims, figures, tables
 
 STUDIES = {  # what varies in a study
     'budget': {'eps', 'eps_max', 'step_size', 'n_iter'},

@@ -169,7 +169,7 @@ main() {
     [[ -n $cpu || ${jobs[*]} != *train.py* ]] || "$python" -c 'import torch; torch.cuda.init()' \
         2> /dev/null || fail 'no GPU is here: use --quick (minutes), --small (a day) or --cpu'
     mkdir -p "ckpts/$size" && echo "$((${#jobs[@]} / 2)) jobs, ${JOBS:=1} at once; output: logs/"
-    code=$(cat -- *.py | cksum) && export code && export -f job state
+    code=$(cat -- *.py lib/*.py paper/*.py | cksum) && export code && export -f job state
     failed=$(printf '%s\0' "${jobs[@]}" | xargs -0 -n 2 -P "$JOBS" bash -c 'job "$@"' - $$) ||
         fail 'interrupted; the same command resumes'
     plan  # again, with the runs that are there now

@@ -6,9 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-import cli
-import record
-import rng
+from lib import cli, record, rng
 
 
 def version_space_eps(x, y, W):

@@ -17,17 +17,12 @@ import time
 import torch
 import torch.nn.functional as F
 
-import cli
 import data
-import distributed
-import fast
 import models
-import record
-import rng
 import schedule
 from attack import pgd
-from classifier import NotFiniteError, correct, predict, refuse_nan
-from eigen import norm
+from lib import cli, distributed, fast, record, rng
+from lib.classifier import NotFiniteError, correct, norm, predict, refuse_nan
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': torch.optim.SGD}
 

@@ -29,18 +29,13 @@ import torch
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
-import analysis
 import attack
-import cli
 import data
-import eigen
-import fast
 import hessian
 import models
-import record
-import rng
 import train
-from classifier import correct, mean_loss
+from lib import cli, fast, record, rng
+from lib.classifier import correct, mean_loss, unflat
 
 RELEASED = {'lenet': 'MNIST_LeNet', 'vgg': 'CIFAR10_VGG', 'resnet18': 'CIFAR10_ResNet'}
 criterion = torch.nn.CrossEntropyLoss()
@@ -244,7 +239,7 @@ def curvature(args):
         return abs(ours - theirs) <= 1e-3 * abs(theirs), f"v'Hv {ours:.5g} {theirs:.5g}"
 
     compare(args, f'a further Hessian product, {len(x)} images', runs, check)
-    runs = {'ours': lambda i: eigen.top_eigenpairs(H, dim, 20, like=v[0])}
+    runs = {'ours': lambda i: hessian.top_eigenpairs(H, dim, 20, like=v[0])}
     compare(args, f'its top 20 eigenpairs, {len(x)} images', runs)
 
 
@@ -266,7 +261,7 @@ def find_products(args, model, x, y, v):
     with contextlib.suppress(ImportError):
         from pyhessian import hessian as PyHessian
 
-        parts = analysis.unflat(v, list(model.parameters()))
+        parts = unflat(v, list(model.parameters()))
         peer = PyHessian(copy.deepcopy(model), criterion, dataloader=[(x, y)], cuda=x.is_cuda)
         found['PyHessian'] = lambda i: peer.dataloader_hv_product(parts)[0], v
     return found

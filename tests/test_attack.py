@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import attack
-import classifier
 import data
 import models
-import rng
-from perturb import run_in_full_batches
-from square import square_side, window_mask
+from attack import square_side, window_mask
+from lib import classifier, rng
+from lib.search import run_in_full_batches
 
 ALL = {  # every attack, short
     'pgd': partial(attack.pgd, step_size=0.02, n_iter=20),
@@ -74,7 +73,7 @@ def at_half(classes):
 def test_linear_classifiers_fall_to_the_closed_form(name, classes):
     model, x, y, eps, least = at_half(classes)
     settings = {'n_queries': 900} if name == 'square' else {}
-    reached = classifier.margin(model(ALL[name](model, x, y, eps, **settings)), y)
+    reached = attack.margin(model(ALL[name](model, x, y, eps, **settings)), y)
     robust = least > 0
     assert 50 < robust.sum() < 150 and (reached >= least - 1e-9).all()  # the bound is kept,
     assert (reached[~robust] > 0).sum() <= (4 if classes > 2 else 0)
@@ -86,9 +85,9 @@ def test_the_pixel_range_bounds_the_closed_form_too():
     y, w = model(x).argmax(1), model[1].weight
     slope = (w[y] - w[1 - y]).view(-1, 1, 4, 4)
     worst = torch.where(slope > 0, (x - 0.5).clamp(0), (x + 0.5).clamp(max=1))
-    least = classifier.margin(model(worst), y)
+    least = attack.margin(model(worst), y)
     for run in ALL['apgd_best'], partial(attack.pgd, step_size=0.1, n_iter=20):
-        assert torch.allclose(classifier.margin(model(run(model, x, y, 0.5)), y), least)
+        assert torch.allclose(attack.margin(model(run(model, x, y, 0.5)), y), least)
 
 
 @each
@@ -361,11 +360,11 @@ def test_batches_are_kept_full_and_the_search_for_an_image_does_not_depend_on_ot
 
 def test_losses_by_hand():
     z, y = torch.tensor([[3.0, 1.0, 0.0, 2.0], [0.0, 4.0, 2.0, 1.0]]), torch.tensor([0, 2])
-    assert classifier.margin(z, y).tolist() == [1.0, -2.0]
+    assert attack.margin(z, y).tolist() == [1.0, -2.0]
     # (y 0) -(3 - 2) / (3 - 1) and (y 2) -(2 - 4) / (4 - 1)
-    assert classifier.dlr(z, y).tolist() == pytest.approx([-1 / 2, 2 / 3])
+    assert attack.dlr(z, y).tolist() == pytest.approx([-1 / 2, 2 / 3])
     with pytest.raises(ValueError, match='got 2'):
-        classifier.dlr(torch.zeros(1, 2), ZEROS[:1])
+        attack.dlr(torch.zeros(1, 2), ZEROS[:1])
 
 
 def test_predictions_and_mean_loss_do_not_depend_on_batches():
@@ -476,7 +475,7 @@ def test_half_precision_is_searched_in_float32(run, dtype):
 def test_logits_in_half_precision_become_float32_where_dlr_is_guarded():
     x, y = torch.ones(2, 3), ZEROS[:2]
     logits = classifier.logits_of(lambda x: 0 * x.half(), x)
-    assert logits.dtype == torch.float32 and (classifier.dlr(logits, y) == 0).all()
+    assert logits.dtype == torch.float32 and (attack.dlr(logits, y) == 0).all()
 
 
 def test_infinite_logits_are_refused_where_they_hide_the_loss():

@@ -9,10 +9,9 @@ import pytest
 import torch
 from test_report import FEW, analyse, connect, make_run, read_tables
 
-import claims
-import figures
-import record
 import report
+from lib import record
+from paper import claims, figures
 
 SMALL = '--n-train 100 --trace 20'
 

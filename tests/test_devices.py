@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import attack
-import classifier
 import data
-import fast
 import hessian
 import models
 import train
+from lib import classifier, fast
 
 WAITS = '_local_scalar_dense.default', 'nonzero.default', 'masked_select.default'
 SHORT = {'n_iter': 3, 'n_restarts': 2, 'n_targets': 2, 'n_queries': 21}

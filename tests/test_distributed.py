@@ -13,16 +13,12 @@ import torch
 from test_evaluate import short  # noqa: F401
 from test_train import in_double  # noqa: F401
 
-import classifier
-import cli
 import data
-import distributed
 import evaluate
-import fast
 import hessian
 import models
-import record
 import train
+from lib import classifier, cli, distributed, fast, record
 
 FLAGS = '--width 2 --n-train 100 --n-eval 50 --batch-size 33 --epochs 4 --n-iter 2 --eps 0.1'
 FLAGS += ' --step-size eps/2 --lr 0.02 --trace 2 --optimizer sgd --eps-sched linear'  # 33 33 33 1

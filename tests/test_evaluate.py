@@ -12,7 +12,7 @@ from test_train import killed_at
 import attack
 import data
 import evaluate
-import record
+from lib import record
 
 FEW = ['--n-examples', '20', '--attacks', 'pgd']
 

@@ -11,10 +11,10 @@ import data
 import evaluate
 import hessian
 import models
-import record
 import report
 import schedule
 import train
+from lib import record
 
 PAGE = pathlib.Path(train.__file__).parent / 'docs/extending.md'
 FLAGS = '--dataset cifar100 --model mlp --eps-sched sqrt --beta 6 --width 1 --epochs 4 --n-iter 2'

@@ -8,8 +8,8 @@ from test_attack import at_half, images, lenet
 from torch import nn
 
 import attack
-import classifier
-from fab import nearest_points, to_plane
+from attack import nearest_points, to_plane
+from lib import classifier
 
 PUBLISHED = 0.1, 1.05, 0.9, 250  # alpha_max, eta, beta, batch_size
 
@@ -150,9 +150,9 @@ def test_targeted_dlr_is_its_formula():
     target = (y + 3) % 10
     top, rows = z.sort(1, descending=True).values, torch.arange(50)
     by_hand = (z[rows, target] - z[rows, y]) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]))
-    assert torch.allclose(classifier.targeted_dlr(z, y, target), by_hand, atol=1e-9)
+    assert torch.allclose(attack.targeted_dlr(z, y, target), by_hand, atol=1e-9)
     with pytest.raises(ValueError, match='at least 4 classes, got 3'):
-        classifier.targeted_dlr(z[:, :3], y.clamp(max=2), y.clamp(max=2))
+        attack.targeted_dlr(z[:, :3], y.clamp(max=2), y.clamp(max=2))
 
 
 def test_the_projection_does_not_depend_on_the_scale_of_the_plane():

@@ -10,11 +10,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import attack
-import classifier
 import data
-import fast
 import models
-import rng
+from lib import classifier, fast, rng
 
 UNUSUAL = {
     'odd': lambda m, x: m.odd(x),
@@ -259,7 +257,10 @@ def test_nan_logits_show_in_the_total_and_the_trial_of_a_capture_does_not(monkey
 
 def test_a_step_of_training_resnet18_takes_less_than_8_mib_an_image():
     grown = printed("""
-import torch, data, fast, models
+import torch
+import data
+from lib import fast
+import models
 torch.set_num_threads(1)
 model, before = models.build('resnet18', data.DATASETS['cifar10'], 8), peak()
 x, y = torch.rand(64, 3, 32, 32), torch.arange(64) % 10

@@ -8,13 +8,11 @@ from conftest import printed
 from torch import nn
 from torch.func import functional_call
 
-import analysis
 import data
-import eigen
 import hessian
 import models
-import record
-import rng
+from lib import analysis, record, rng
+from lib.classifier import flat, unflat
 
 F64 = torch.zeros(()).double()
 
@@ -24,7 +22,7 @@ def dense(model, x, y):
     names, like = zip(*model.named_parameters())
 
     def loss(theta):
-        parameters = dict(zip(names, analysis.unflat(theta, like)))
+        parameters = dict(zip(names, unflat(theta, like)))
         return F.cross_entropy(functional_call(model, parameters, (x,)), y)
 
     return torch.func.hessian(loss)(torch.cat([p.detach().flatten() for p in like]))
@@ -135,7 +133,7 @@ def test_solvers_find_a_known_spectrum(solver, case):
     true = (H @ vectors.T - vectors.T * values).norm(dim=0)
     assert (true <= 1.01 * residuals * values.abs() + 1e-10).all()
     assert all(v[v.abs().argmax()] > 0 for v in vectors)
-    assert good.all() or solver is eigen.power_iteration  # Rayleigh-Ritz may end just above tol
+    assert good.all() or solver is hessian.power_iteration  # Rayleigh-Ritz may end just above tol
 
 
 @each_solver
@@ -151,7 +149,7 @@ def test_pairs_that_have_not_converged_are_told(solver):
 def test_pairs_that_converge_with_the_last_product_are_told():
     H = symmetric(SPECTRA['negative'])
     options = {'tol': 1e-6, 'max_products': 17, 'like': F64}
-    values, vectors, residuals, good = eigen.top_eigenpairs(lambda v: H @ v, 60, 5, **options)
+    values, vectors, residuals, good = hessian.top_eigenpairs(lambda v: H @ v, 60, 5, **options)
     true = (H @ vectors.T - vectors.T * values).norm(dim=0) / values.abs()
     assert good.all() and torch.allclose(residuals, true, atol=1e-9)
 
@@ -168,7 +166,7 @@ def test_no_copy_of_a_multiple_eigenvalue_is_missed_in_float32(solver, k):
 def test_eigenvalues_of_a_matrix_of_millions_are_right_to_six_digits():
     expected = torch.linspace(36, 7, 20)
     d = torch.cat([expected, torch.linspace(0, 1e-4, 1_000_000)])
-    values, vectors, residuals, _ = eigen.top_eigenpairs(lambda v: d * v, len(d), 20, tol=1e-4)
+    values, vectors, residuals, _ = hessian.top_eigenpairs(lambda v: d * v, len(d), 20, tol=1e-4)
     true = (vectors * d - vectors * values.float()[:, None]).norm(dim=1) / values.abs()
     assert (true <= residuals).all() and (residuals <= 1e-4).all()
     assert (values - expected).abs().max() < 36e-6
@@ -176,7 +174,7 @@ def test_eigenvalues_of_a_matrix_of_millions_are_right_to_six_digits():
 
 def test_small_pairs_that_are_not_zero_must_converge_too():
     d = torch.cat([torch.ones(1), torch.linspace(1e-4, 0.3e-4, 999)])
-    values, vectors, _, good = eigen.top_eigenpairs(lambda v: d * v, 1000, 6, max_products=40)
+    values, vectors, _, good = hessian.top_eigenpairs(lambda v: d * v, 1000, 6, max_products=40)
     true = (vectors * d - vectors * values.float()[:, None]).norm(dim=1) / values.abs()
     assert not good.all() and torch.all(true[good] <= 1.1e-3)
 
@@ -202,7 +200,7 @@ def test_parameters_that_the_loss_does_not_use_have_zero_rows():
 
 def test_a_probe_of_the_density_integrates_polynomials_exactly():
     H = symmetric(SPECTRA['negative'])
-    density = eigen.density(lambda v: H @ v, 60, 4, like=F64, seed=3)
+    density = hessian.density(lambda v: H @ v, 60, 4, like=F64, seed=3)
     nodes, weights = torch.tensor(density, dtype=torch.float64)
     z = rng.rademacher(60, F64, 3) / 60**0.5
     for power in range(8):  # below 2 x 4
@@ -214,7 +212,7 @@ def test_estimates_of_the_trace_have_its_mean_and_hutchinsons_variance():
     torch.manual_seed(0)
     H = torch.randn(50, 50).double()
     H = H + H.T
-    probes = [eigen.trace(lambda v: H @ v, 50, like=F64, seed=i) for i in range(400)]
+    probes = [hessian.trace(lambda v: H @ v, 50, like=F64, seed=i) for i in range(400)]
     mean, std = torch.tensor(probes).mean(), torch.tensor(probes).std()
     deviation = (2 * ((H**2).sum() - (H.diag() ** 2).sum())).sqrt()
     assert abs(mean - H.trace()) < 4 * deviation / 20
@@ -278,9 +276,9 @@ def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, monkeypatc
 
 def test_draws_of_theta_follow_the_initialiser_and_leave_the_model(run):
     s = analysis.load_run(run, hessian.parse([str(run), *FLAGS]))
-    before = analysis.flat(s.model.parameters())
+    before = flat(s.model.parameters())
     found = hessian.loss_normalizer(s, 7)
-    assert torch.equal(analysis.flat(s.model.parameters()), before)
+    assert torch.equal(flat(s.model.parameters()), before)
     torch.manual_seed(7)
     model = models.build('lenet', data.DATASETS['mnist5k'], 2)
     x_adv = s.pgd(model, s.x, s.y, seed=7)

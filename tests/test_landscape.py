@@ -7,14 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-import analysis
 import attack
 import data
-import fast
 import landscape
 import models
-import record
-import rng
+from lib import fast, record, rng
+from lib.classifier import flat, unflat
 
 DIGITS = data.DATASETS['mnist5k']
 
@@ -103,11 +101,11 @@ def measured(run, delta=0, seed=0):
 
 def test_parameters_are_restored_bit_for_bit_also_after_an_exception():
     model = models.build('tiny', DIGITS, 1)
-    theta = analysis.flat(model.parameters())
+    theta = flat(model.parameters())
     run = mock.Mock(model=model, pgd=mock.Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         landscape.attacked(run, fast.Folded(model, []), torch.randn(len(theta)), 0)
-    assert torch.equal(analysis.flat(model.parameters()), theta)
+    assert torch.equal(flat(model.parameters()), theta)
 
 
 def test_similarity_is_that_of_attacks_by_hand(run):
@@ -158,7 +156,7 @@ def test_a_step_on_a_curve_is_that_of_autograd_through_it(run, tmp_path):
     make_run(tmp_path / 'two', 1)
     call('connect', run, tmp_path / 'two', '--n-control', 3, '--epochs', 1, '--points', 2)
     model, other = (record.load_model(end / 'period1.pt')[0] for end in (run, tmp_path / 'two'))
-    first, last = (analysis.flat(end.parameters()) for end in (model, other))
+    first, last = (flat(end.parameters()) for end in (model, other))
     middle, generator = ((first + last) / 2).requires_grad_(), rng.generator(0, 0)
     x, y = next(data.batches(*digits(40)[:2], 128, generator))
     t = torch.rand((), generator=generator).item()
@@ -166,7 +164,7 @@ def test_a_step_on_a_curve_is_that_of_autograd_through_it(run, tmp_path):
     nn.utils.vector_to_parameters(theta.detach(), other.parameters())
     x_adv = attack.pgd(other, x, y, 0.1, 0.1, 2, seed=rng.fold_in(0, 0, 0))
     names, like = zip(*model.named_parameters())
-    logits = functional_call(model, dict(zip(names, analysis.unflat(theta, like))), (x_adv,))
+    logits = functional_call(model, dict(zip(names, unflat(theta, like))), (x_adv,))
     (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y), middle)
     expected = middle - 0.1 * (gradient + 1e-6 * middle)
     assert not torch.allclose(expected, middle, atol=1e-3)

@@ -6,10 +6,9 @@ import torch
 
 import attack
 import data
-import masking
 import models
-import record
-from classifier import correct
+from lib import masking, record
+from lib.classifier import correct
 
 
 @pytest.fixture(scope='module')

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-import cli
 import data
 import evaluate
 import models
-import record
 import train
+from lib import cli, record
 
 CONTENTS = {
     'a.json': {'eps': 0.4, 'periods': [2, 1]},

@@ -8,10 +8,10 @@ import pytest
 
 import attack
 import data
-import record
 import report
-import tables
 import train
+from lib import record
+from paper import tables
 
 ERRORS = [1.0, 8.0, 9.0, 10.0, 11.0, 12.0, 13.0]  # percent: clean, the five attacks, worst
 MADE = {'commit': 'abc', 'torch': '2', 'device': 'H100'}

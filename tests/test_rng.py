@@ -3,7 +3,7 @@ import itertools
 import torch
 from scipy import stats
 
-import rng
+from lib import rng
 
 
 def test_splitmix64_gives_the_published_numbers_of_seed_1234567():

@@ -140,7 +140,9 @@ def start(tmp_path):
     (folder / 'python3').write_text(STUB)
     (folder / 'python3').chmod(0o755)
     (folder / 'hold').touch()
-    (folder / 'code.py').touch()
+    for name in 'code.py', 'lib/code.py', 'paper/code.py':
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
     (log := folder / 'commands').touch()
     stub = {'PYTHON': str(folder / 'python3'), 'COMMANDS': str(log), 'JOBS': '1'}
     stub |= {'BAD': 'none', 'HOLD': 'none', 'SEEDS': '0'}
@@ -193,7 +195,7 @@ def test_a_job_is_run_again_only_if_its_command_its_files_or_the_code_have_chang
     assert trained() == 1 and trained() == 0
     next(start.folder.glob('logs/quick/table1/*.done')).write_text('')  # by a crash
     assert trained() == 1 and trained() == 0
-    (start.folder / 'code.py').write_text('pass')
+    (start.folder / 'lib/code.py').write_text('pass')
     assert trained() == 4
     (python := start.folder.parent / 'python3').symlink_to(start.folder / 'python3')
     for lost, n in (False, 1), (False, 1), (True, 2):

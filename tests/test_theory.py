@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-import record
-import rng
 import theory
+from lib import record, rng
 
 
 def logits_at_corners(x, W, eps):

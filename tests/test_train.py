@@ -11,13 +11,10 @@ import torch.nn.functional as F
 from torch.nn.utils import parameters_to_vector
 
 import attack
-import classifier
 import data
-import fast
 import models
-import record
-import rng
 import train
+from lib import classifier, fast, record, rng
 
 
 def log_of(folder):

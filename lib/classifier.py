@@ -1,4 +1,4 @@
-"""Predictions, losses and gradients of a classifier.
+"""Predictions, losses and gradients of a classifier, and its parameters as one vector.
 
 A model maps images, (N, C, H, W), to logits, (N, n_classes).
 """
@@ -94,39 +94,6 @@ def loss_and_gradient(model, x, y, criterion):
     return loss.detach(), logits.detach(), gradient
 
 
-def margin(logits, y):
-    """z_y - max_{i != y} z_i, (N,): at most 0 where the image is misclassified."""
-    z_y = logits.gather(1, y[:, None]).squeeze(1)
-    return z_y - logits.scatter(1, y[:, None], -math.inf).amax(1)
-
-
-def dlr(logits, y):
-    """Difference of logits ratio of at least 3 classes, (N,) (Croce & Hein 2020):
-    -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12), invariant to shifts and scalings."""
-    if logits.shape[1] < 3:
-        raise ValueError(f'dlr needs at least 3 classes, got {logits.shape[1]}')
-    top = logits.topk(3, 1).values
-    return -margin(logits, y) / finite(top[:, 0] - top[:, 2] + 1e-12)
-
-
-def targeted_dlr(logits, y, target):
-    """Targeted DLR of at least 4 classes, (N,) (Croce & Hein 2020):
-    -(z_y - z_target) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)."""
-    if logits.shape[1] < 4:
-        raise ValueError(f'targeted dlr needs at least 4 classes, got {logits.shape[1]}')
-    top = logits.topk(4, 1).values
-    z_y, z_target = (logits.gather(1, classes[:, None]).squeeze(1) for classes in (y, target))
-    return -(z_y - z_target) / finite(top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
-
-
-def finite(scale):
-    """`scale`, nan where it is infinite: a loss divided by it, and its gradient, would be 0."""
-    return scale.masked_fill(scale.isinf(), math.nan)
-
-
-LOSSES = {'ce': cross_entropy, 'dlr': dlr}
-
-
 def flag(x):
     """A bool, (), False, on the device of x, to be raised by `has_nan`."""
     return torch.zeros((), dtype=torch.bool, device=x.device)
@@ -142,3 +109,19 @@ def refuse_nan(found):
     of nan, which is 0, would make a broken model look robust."""
     if found:
         raise NotFiniteError('the logits of the model, or the gradients of its loss, are nan')
+
+
+def flat(tensors):
+    """Tensors such as a model's parameters as one vector, (dim,)."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def unflat(vector, like):
+    """The vector, (dim,), cut into views of the shapes of `like`."""
+    parts = vector.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like)]
+
+
+def norm(*tensors):
+    """The norm of all tensors as one vector, (); torch's is off by 1e-4 on millions of floats."""
+    return torch.stack([(tensor * tensor).sum() for tensor in tensors]).sum().sqrt()

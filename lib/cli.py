@@ -8,8 +8,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-import distributed
-import record
+from lib import distributed, record
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 import data
-import distributed
 import models
+from lib import distributed
 
 
 def replace(path, write):

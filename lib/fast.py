@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-import distributed
 from attack import pgd_loop
-from classifier import flag, frozen
-from rng import uniform
+from lib import distributed
+from lib.classifier import flag, frozen
+from lib.rng import uniform
 
 
 def memory_format(device, precision='fp32'):

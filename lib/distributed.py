@@ -13,7 +13,7 @@ import sys
 import torch
 from torch import distributed as dist
 
-from classifier import NotFiniteError, has_nan, refuse_nan
+from lib.classifier import NotFiniteError, has_nan, refuse_nan
 
 RANK = int(os.environ.get('RANK', 0))
 SIZE = int(os.environ.get('WORLD_SIZE', 1))

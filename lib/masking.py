@@ -4,7 +4,7 @@ an attack (Athalye et al. 2018, Carlini et al. 2019)."""
 import numpy as np
 import torch
 
-from classifier import cross_entropy, frozen, loss_and_gradient
+from lib.classifier import cross_entropy, frozen, loss_and_gradient
 
 
 def signs(model, x, y, robust, batch_size=250):

@@ -14,11 +14,8 @@ import torch
 from torch.optim.swa_utils import update_bn
 
 import attack
-import cli
 import data
-import distributed
-import fast
-import record
+from lib import cli, distributed, fast, record
 
 
 def load_run(path, args):
@@ -75,17 +72,6 @@ def recompute_bn(model, x, y, pgd):
     if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
         update_bn(x.tensor_split(n_parts), model)
         update_bn(pgd(model, x, y).tensor_split(n_parts), model)
-
-
-def flat(tensors):
-    """Tensors such as a model's parameters as one vector, (dim,)."""
-    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-
-
-def unflat(vector, like):
-    """The vector, (dim,), cut into views of the shapes of `like`."""
-    parts = vector.split([tensor.numel() for tensor in like])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, like)]
 
 
 def output(folder, stem, args):

@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 import data
-import record
+from lib import record
 
 STYLE = {'figure.constrained_layout.use': True, 'legend.frameon': False, 'font.size': 9}
 STYLE |= {'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 150}

@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 
 import attack
-import claims
 import data
-import record
 import train
+from lib import record
+from paper import claims
 
 FREE = {'seed', 'trace', 'n_eval', 'provenance'}  # logging, and the luck of the draw
 NOTES = """Errors are percent; 8.58(89) is 8.58 +- 0.89 over seeds; a dash: not measured.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from classifier import frozen, has_nan, logits_of, refuse_nan
+from lib.classifier import frozen, has_nan, logits_of, refuse_nan
 
 
 def attack(search):

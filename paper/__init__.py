@@ -1,0 +1,1 @@
+"""What makes the paper of results: only report.py imports it."""
