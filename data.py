@@ -170,6 +170,15 @@ def subset(n, k=None):
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values
 
 
+def split(n, n_train=None, n_val=0):
+    """Indices of n_train of n training examples (all but n_val if None), and of n_val others."""
+    n_train = n - n_val if n_train is None else n_train
+    if n_train + n_val > n:
+        raise ValueError(f'--n-train {n_train} and --n-val {n_val}: there are {n} training images')
+    train, both = subset(n, n_train), subset(n, n_train + n_val)
+    return train, both[~torch.isin(both, train)]
+
+
 def batches(x, y, batch_size, generator, augment=False):
     """Shuffled batches of x and y on any device, the last one ragged; `generator` is on the CPU."""
     # all is drawn first, so that no batch waits for a copy to the device

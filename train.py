@@ -16,6 +16,7 @@ import time
 
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import data
 import models
@@ -27,7 +28,7 @@ from lib.classifier import NotFiniteError, correct, norm, predict, refuse_nan
 OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': torch.optim.SGD}
 
 
-def training_loss(net, x_adv, x, y, c):
+def training_loss(net, x_adv, x, y, config):
     """The loss to be minimised, (), of adversarial examples x_adv of x, and their logits.
 
     Here it is the mean cross-entropy of x_adv (Eq. 1), which does not need x.
@@ -36,86 +37,102 @@ def training_loss(net, x_adv, x, y, c):
     return F.cross_entropy(logits, y), logits
 
 
-def train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar):
-    """One epoch of min_theta max_{x'} loss (Eq. 1) on images x and labels y under the settings c.
+def train_epoch(net, adversary, optimizer, x, y, config, epoch, theta_0, bar):
+    """One epoch of min_theta max_{x'} loss (Eq. 1) on images x and labels y.
 
     Returns t, eps and lr of its last batch with the mean loss and error on adversarial examples;
-    and rows of trace.jsonl (Figures 2 and 8) on updates among the first or last c.trace of the run.
+    and rows of trace.jsonl (Figures 2 and 8) on the first and last config.trace updates of the run.
     """
     net.train()
-    n_batches = math.ceil(len(x) / c.batch_size)
-    generator = rng.generator(c.seed, epoch)
-    layout = fast.memory_format(x.device, c.precision)
-    bf16 = c.precision == 'bf16'  # no cache: a CUDA graph must not capture it
+    n_batches = math.ceil(len(x) / config.batch_size)
+    generator = rng.generator(config.seed, epoch)
+    batches = data.batches(x, y, config.batch_size, generator, config.augment)
+    layout = fast.memory_format(x.device, config.precision)
+    bf16 = config.precision == 'bf16'  # no cache: a CUDA graph must not capture it
     autocast = torch.autocast(x.device.type, torch.bfloat16, bf16, cache_enabled=False)
-    loss_sum, errors, seen = 0.0, 0, 0
-    trace = []
-    for i, (x_batch, y_batch) in enumerate(data.batches(x, y, c.batch_size, generator, c.augment)):
-        t, eps, lr = clock(c, epoch, i, n_batches)
+    loss_sum, errors, seen, trace = 0.0, 0, 0, []
+    for i, (x_batch, y_batch) in enumerate(batches):
+        t, eps, lr = clock(config, epoch, i, n_batches)
         for group in optimizer.param_groups:
             group['lr'] = lr
         n = len(y_batch)
-        own, counted = distributed.share(n)
-        x_batch, y_batch = x_batch[own].contiguous(memory_format=layout), y_batch[own]
+        rows, counted = distributed.share(n)
+        x_batch, y_batch = x_batch[rows].contiguous(memory_format=layout), y_batch[rows]
         with autocast:
-            x_adv = x_batch
-            if eps >= 1e-6:  # below is clean training, as in the paper's code
-                step_size = c.step_size * eps / c.eps
-                start = eps if c.start == 'eps' else step_size
-                seed = rng.fold_in(c.seed, epoch, i)
-                x_adv = adversary(x_batch, y_batch, eps, step_size, start=start, seed=seed)
-            loss, logits = training_loss(net, x_adv, x_batch, y_batch, c)
+            seed = rng.fold_in(config.seed, epoch, i)
+            x_adv = perturbed(adversary, x_batch, y_batch, eps, seed, config)
+            loss, logits = training_loss(net, x_adv, x_batch, y_batch, config)
         optimizer.zero_grad()
         (loss * (counted / n)).backward()
-        grads = [theta.grad for theta in net.parameters() if theta.grad is not None]
-        distributed.total(*grads)
+        gradients = [theta.grad for theta in net.parameters() if theta.grad is not None]
+        distributed.total(*gradients)
         wrong = (logits.argmax(1) != y_batch)[:counted].sum()
         loss_sum += loss.detach() * counted
         errors += wrong
         seen += n
-        update = epoch * n_batches + i
-        if c.trace and min(update, c.epochs * n_batches - 1 - update) < c.trace:
+        update, n_updates = epoch * n_batches + i, config.epochs * n_batches
+        if config.trace and min(update, n_updates - 1 - update) < config.trace:
             distributed.total(wrong)
-            moved = [theta.detach() - initial for theta, initial in zip(net.parameters(), theta_0)]
-            trace.append((update, norm(*grads), wrong / n, norm(*moved)))
+            moved = [theta.detach() - start for theta, start in zip(net.parameters(), theta_0)]
+            trace.append((update, norm(*gradients), wrong / n, norm(*moved)))
         optimizer.step()
         if i % 50 == 0 or i == n_batches - 1:  # rarely, since it waits for the device
-            sums = torch.stack([loss_sum, errors.to(loss_sum), adversary.nan.to(loss_sum)])
-            distributed.total(sums)
-            total_loss, total_errors, found_nan = sums.tolist()
-            refuse_nan(found_nan)
-            if not math.isfinite(total_loss):
-                raise NotFiniteError(f'the loss became {total_loss}')
-            mean_loss, error = total_loss / seen, total_errors / seen
-            bar.set_postfix_str(f'epoch {epoch + 1}/{c.epochs} loss {mean_loss:.2f}', refresh=False)
+            mean_loss, error = finite_means(loss_sum, errors, adversary.nan, seen)
+            bar.set_postfix_str(
+                f'epoch {epoch + 1}/{config.epochs} loss {mean_loss:.2f}', refresh=False
+            )
         bar.update(n)
     row = {'t': t, 'eps': eps, 'lr': lr, 'loss': mean_loss, 'train_robust_error': error}
-    return row, [
-        {'step': step, 'grad_norm': g.item(), 'robust_error': e.item(), 'distance': d.item()}
-        for step, g, e, d in trace
-    ]
+    names = 'step', 'grad_norm', 'robust_error', 'distance'
+    return row, [dict(zip(names, (step, *map(float, numbers)))) for step, *numbers in trace]
 
 
-def clock(c, epoch, batch, n_batches):
-    """t, eps and lr of a batch of an epoch, under the settings c."""
+def perturbed(adversary, x, y, eps, seed, config):
+    """Adversarial examples of a batch at the scheduled budget eps, to which the step size is
+    proportional. Below 1e-6 training is clean, as in the paper's code."""
+    if eps < 1e-6:
+        return x
+    step_size = config.step_size * eps / config.eps
+    start = eps if config.start == 'eps' else step_size
+    return adversary(x, y, eps, step_size, start=start, seed=seed)
+
+
+def finite_means(loss_sum, errors, nan, seen):
+    """Loss and error as means over the images seen in all processes. NotFiniteError if the loss, or
+    a gradient of the attack, is not finite."""
+    sums = torch.stack([loss_sum, errors.to(loss_sum), nan.to(loss_sum)])
+    distributed.total(sums)
+    total_loss, total_errors, any_nan = sums.tolist()
+    refuse_nan(any_nan)
+    if not math.isfinite(total_loss):
+        raise NotFiniteError(f'the loss became {total_loss}')
+    return total_loss / seen, total_errors / seen
+
+
+def clock(config, epoch, batch, n_batches):
+    """t of the budget, eps and lr of a batch. What does not restart follows the whole run."""
     now, tick = epoch, 1
-    if c.clock == 'batch':
+    if config.clock == 'batch':
         now, tick = epoch + batch / n_batches, 1 / n_batches
-    t = schedule.progress(now, c.periods)
-    t_end = schedule.progress(now, c.periods, ahead=tick)
-    eps = schedule.eps_at(t, c.eps_sched, c.eps, c.eps_min, c.eps_max)
-    lr = schedule.lr_at(t, c.lr_sched, c.lr) * schedule.warmup_at(t_end, c.lr_warmup)
-    return t, eps, lr
+    eps_periods, lr_periods = (
+        config.periods if name in config.restart else [config.epochs] for name in ('eps', 'lr')
+    )
+    t = schedule.progress(now, eps_periods)
+    eps = schedule.eps_at(t, config.eps_sched, config.eps, config.eps_min, config.eps_max)
+    lr = schedule.lr_at(schedule.progress(now, lr_periods), config.lr_sched, config.lr)
+    t_end = schedule.progress(now, lr_periods, ahead=tick)
+    return t, eps, lr * schedule.warmup_at(t_end, config.lr_warmup)
 
 
-def validate(model, x, y, index, c):
-    """Clean and robust error of a `fast.folded` at the *target* eps: never used to select."""
+def validate(model, x, y, index, config):
+    """Clean and robust error of a `fast.folded` at the *target* eps, whatever the schedule's."""
     if len(x) == 0:
         return {'clean_error': None, 'robust_error': None, 'predicted_classes': None}
     model.refold()
     predicted = predict(model, x)
     attack = distributed.shared(pgd)
-    x_adv = attack(model, x, y, eps=c.eps, index=index, **data.pgd_settings(vars(c), c.eps))
+    settings = data.pgd_settings(vars(config), config.eps)
+    x_adv = attack(model, x, y, eps=config.eps, index=index, **settings)
     fooled = (predicted != y) | ~correct(model, x_adv, y)
     return {
         'clean_error': (predicted != y).sum().item() / len(y),
@@ -124,60 +141,108 @@ def validate(model, x, y, index, c):
     }
 
 
-def train(c, state, folder, args):
+def train(config, state, folder, args):
     """Trains the run in `folder`, from the `state` that record.start returned, to the end or for
     args.minutes. If the loss becomes infinite or nan, training ends with a diverged.json."""
     began = time.monotonic()
     device = args.device
-    x, y, x_test, y_test = data.load(c.dataset, args.data_dir, device)
-    rows, index = data.subset(len(x), c.n_train), data.subset(len(x_test), c.n_eval)
-    x, y, x_test, y_test = x[rows], y[rows], x_test[index], y_test[index]
-    torch.manual_seed(c.seed)
-    model = models.build(c.model, data.DATASETS[c.dataset], c.width)
-    model = model.to(device, memory_format=fast.memory_format(device, c.precision))
+    x, y, test, held_out = images(config, args)
+    torch.manual_seed(config.seed)
+    model = models.build(config.model, data.DATASETS[config.dataset], config.width)
+    model = model.to(device, memory_format=fast.memory_format(device, config.precision))
     model = distributed.synchronized(model, device)
-    theta_0 = [theta.detach().clone() for theta in model.parameters()] if c.trace else []
-    optimizer = build_optimizer(model, c)
-    log, trace = [], []
-    if state:
-        model.load_state_dict(state['model'])
-        for group in state['optimizer']['param_groups']:  # it may come from another device
-            group['fused'] = optimizer.defaults['fused']
-        optimizer.load_state_dict(state['optimizer'])
-        log, trace = state['log'], state['trace']
-        save_logs(folder, log, trace)  # a kill may have come between last.pt and these
-        print(f'resuming after epoch {len(log)}')
-    # static shapes: torch would turn to dynamic ones after some batches, a resumed run after others
-    compiled = functools.partial(torch.compile, dynamic=False) if args.compile else None
-    # reduce-overhead: CUDA graphs
-    net = compiled(model, mode='reduce-overhead') if compiled else model
-    dtype = torch.bfloat16 if c.precision == 'bf16' else torch.float32
-    adversary = fast.Adversary(model, c.n_iter, x[:2], compiled=compiled, dtype=dtype)
+    theta_0 = [theta.detach().clone() for theta in model.parameters()] if config.trace else []
+    optimizer = build_optimizer(model, config)
+    averaged = average_updates(model, optimizer, config.ema)
+    log, trace = resume(state, model, optimizer, averaged, folder)
+    net, adversary = attacked_network(model, x, config, args.compile)
     folded = fast.folded(model, x[:2])
-    with cli.bar(' images', c.epochs * len(x), len(log) * len(x)) as bar:
-        for epoch in range(len(log), c.epochs):
+    with cli.bar(' images', config.epochs * len(x), len(log) * len(x)) as bar:
+        for epoch in range(len(log), config.epochs):
             start = time.monotonic()
             try:
-                with fast.tf32(c.precision != 'fp32'):
-                    row, new = train_epoch(net, adversary, optimizer, x, y, c, epoch, theta_0, bar)
-                distributed.average(*model.buffers())
+                with fast.tf32(config.precision != 'fp32'):
+                    row, updates = train_epoch(
+                        net, adversary, optimizer, x, y, config, epoch, theta_0, bar
+                    )
+                distributed.average(*model.buffers(), *(averaged.buffers() if averaged else ()))
                 with fast.tf32(False):
-                    row |= validate(folded, x_test, y_test, index, c)
+                    row |= validate(folded, *test, config)
+                    if config.n_val:
+                        row['val_robust_error'] = validate(folded, *held_out, config)[
+                            'robust_error'
+                        ]
             except NotFiniteError as error:
                 record.save(folder / 'diverged.json', {'epoch': epoch + 1, 'reason': str(error)})
                 return
             cost = {'seconds': round(time.monotonic() - start, 2), 'gib': peak_memory(device)}
             log.append({'epoch': epoch + 1} | row | cost)
-            trace += new
-            bar.write(format_epoch(log[-1], c))
-            save_checkpoint(folder, c, model, optimizer, log, trace)
+            trace += updates
+            bar.write(format_epoch(log[-1], config))
+            save_checkpoint(folder, config, model, optimizer, averaged, log, trace)
             late = torch.tensor(float(time.monotonic() - began > 60 * args.minutes))
             distributed.total(late)
             if late:  # for one process, so all stop
                 break
-    if len(log) == c.epochs and distributed.RANK == 0:
+    if len(log) == config.epochs and distributed.RANK == 0:
         (folder / 'last.pt').unlink(missing_ok=True)  # the run counts as finished
     distributed.wait()
+
+
+def images(config, args):
+    """Training images and labels; images, labels and index of the test set's part and of those that
+    are held out from training."""
+    x, y, x_test, y_test = data.load(config.dataset, args.data_dir, args.device)
+    index = data.subset(len(x_test), config.n_eval)
+    rows, others = data.split(len(x), config.n_train, config.n_val)
+    test = x_test[index], y_test[index], index
+    return x[rows], y[rows], test, (x[others], y[others], others)
+
+
+def build_optimizer(model, config):
+    """The optimizer for the parameters of `model`; on cuda a fused one."""
+    parameters = list(model.parameters())
+    options = {'weight_decay': config.weight_decay, 'fused': parameters[0].is_cuda}
+    if config.optimizer == 'sgd':
+        options['momentum'] = config.momentum
+    return OPTIMIZERS[config.optimizer](parameters, config.lr, **options)
+
+
+def average_updates(model, optimizer, decay):
+    """A model with the exponential moving average of the parameters and buffers of `model` after
+    each update, None without a decay."""
+    if decay is None:
+        return None
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
+    return averaged
+
+
+def resume(state, model, optimizer, averaged, folder):
+    """Restores an interrupted run from its state, if any. Returns its log and trace so far."""
+    if not state:
+        return [], []
+    model.load_state_dict(state['model'])
+    for group in state['optimizer']['param_groups']:  # it may come from another device
+        group['fused'] = optimizer.defaults['fused']
+    optimizer.load_state_dict(state['optimizer'])
+    if averaged:
+        averaged.load_state_dict(state['averaged'])
+    log, trace = state['log'], state['trace']
+    save_logs(folder, log, trace)  # a kill may have come between last.pt and these
+    print(f'resuming after epoch {len(log)}')
+    return log, trace
+
+
+def attacked_network(model, x, config, compiled):
+    """The network for updates, and its `fast.Adversary`; both by torch.compile if `compiled`."""
+    dtype = torch.bfloat16 if config.precision == 'bf16' else torch.float32
+    if not compiled:
+        return model, fast.Adversary(model, config.n_iter, x[:2], dtype=dtype)
+    # static shapes: torch would turn to dynamic ones after some batches, a resumed run after others
+    static = functools.partial(torch.compile, dynamic=False)
+    net = static(model, mode='reduce-overhead')  # CUDA graphs
+    return net, fast.Adversary(model, config.n_iter, x[:2], compiled=static, dtype=dtype)
 
 
 def peak_memory(device):
@@ -187,13 +252,29 @@ def peak_memory(device):
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # from KiB
 
 
-def save_checkpoint(folder, c, model, optimizer, log, trace):
+def save_checkpoint(folder, config, model, optimizer, averaged, log, trace):
     """Writes what the run leaves after an epoch; a kill at any moment loses at most that epoch."""
-    ends = dict(zip(itertools.accumulate(c.periods), record.period_files(folder, vars(c))))
-    if len(log) in ends:
-        record.save(ends[len(log)], model.state_dict())
-        log[-1]['digest'] = record.digest(ends[len(log)])  # names the model in other results
+    ends = list(itertools.accumulate(config.periods))
+    period = sum(end < len(log) for end in ends)
+    first = ends[period] - config.periods[period]
+    best, ema = folder / f'best{period + 1}.pt', folder / f'ema{period + 1}.pt'
+    if config.n_val:
+        *before, error = (row['val_robust_error'] for row in log[first:])
+        if error < min(before, default=math.inf):
+            record.save(best, model.state_dict())
+    if len(log) == ends[period]:
+        last = record.period_files(folder, vars(config))[period]
+        record.save(last, model.state_dict())
+        log[-1]['digest'] = record.digest(last)  # names the model in other results
+        if config.n_val:
+            log[-1]['best_digest'] = record.digest(best)
+        if averaged:
+            record.save(ema, averaged.module.state_dict())
+            log[-1]['ema_digest'] = record.digest(ema)
+            averaged.n_averaged.zero_()  # the next update begins the average of a new period
     state = {'model': model.state_dict(), 'optimizer': optimizer.state_dict()}
+    if averaged:
+        state['averaged'] = averaged.state_dict()
     record.save(folder / 'last.pt', state | {'log': log, 'trace': trace})
     save_logs(folder, log, trace)
 
@@ -204,26 +285,19 @@ def save_logs(folder, log, trace):
         record.save(folder / 'trace.jsonl', trace)
 
 
-def format_epoch(row, c):
+def format_epoch(row, config):
     """An epoch of the log as a line on the terminal."""
-    text = f'epoch {row["epoch"]}/{c.epochs}  lr {row["lr"]:.2g}  loss {row["loss"]:.4f}'
-    text += f'  robust error: train {row["train_robust_error"]:.1%}'
-    text += f' at eps {data.show_eps(row["eps"], c.dataset)}'
+    eps, target = (data.show_eps(budget, config.dataset) for budget in (row['eps'], config.eps))
+    text = f'epoch {row["epoch"]}/{config.epochs}  lr {row["lr"]:.2g}  loss {row["loss"]:.4f}'
+    text += f'  robust error: train {row["train_robust_error"]:.1%} at eps {eps}'
     if row['robust_error'] is not None:
-        text += f', test {row["robust_error"]:.1%} at {data.show_eps(c.eps, c.dataset)}'
-        text += f'  clean error {row["clean_error"]:.1%}'
+        text += (
+            f', test {row["robust_error"]:.1%} at {target}  clean error {row["clean_error"]:.1%}'
+        )
     text += f'  {row["seconds"]:.0f} s'
     if row['predicted_classes'] == 1:
         text += '  a constant classifier: one class for every test image'
     return text
-
-
-def build_optimizer(model, c):
-    """The optimizer of the settings c for the parameters of `model`; on cuda a fused one."""
-    parameters = list(model.parameters())
-    options = {'momentum': c.momentum} if c.optimizer == 'sgd' else {}
-    options |= {'weight_decay': c.weight_decay, 'fused': parameters[0].is_cuda}
-    return OPTIMIZERS[c.optimizer](parameters, c.lr, **options)
 
 
 # flags that config.json does not hold: they change no result, or set others (periodic)
@@ -237,30 +311,40 @@ def settings(args):
     paper = dataset.settings() if args.eps is None else dataset.settings(args.eps)
     paper['eps_max'] = paper['eps_max'].get(args.eps_sched, 2 * paper['eps'])
     given = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
-    c = argparse.Namespace(**{k: paper.get(k) if v is None else v for k, v in given.items()})
-    if isinstance(c.step_size, str):
-        c.step_size = c.eps / int(c.step_size.removeprefix('eps/'))
-    if c.width is None:
-        c.width = models.MODELS[c.model].default_width
-    if not c.periods:
-        c.periods = schedule.three_periods(c.epochs) if args.periodic else [c.epochs]
-    elif args.periodic or args.epochs not in (None, sum(c.periods)):
+    config = argparse.Namespace(**{k: paper.get(k) if v is None else v for k, v in given.items()})
+    if isinstance(config.step_size, str):
+        config.step_size = config.eps / int(config.step_size.removeprefix('eps/'))
+    if config.width is None:
+        config.width = models.MODELS[config.model].default_width
+    if not config.periods:
+        three = args.periodic
+        config.periods = schedule.three_periods(config.epochs) if three else [config.epochs]
+    elif args.periodic or args.epochs not in (None, sum(config.periods)):
         raise ValueError('--periods already sets the epochs; leave out --periodic and --epochs')
-    c.epochs = sum(c.periods)
+    config.epochs = sum(config.periods)
+    config.restart = sorted(set(config.restart))
+    check(config)
+    return config
+
+
+def check(config):
+    """ValueError if settings of a config contradict each other or are out of range."""
     in_range = {
-        'eps': 0 <= c.eps <= 1,
-        'eps_min eps_max': c.eps_min <= c.eps_max,
-        'step_size': 0 < c.step_size <= 1 or c.eps == 0,
-        'lr_warmup': 0 <= c.lr_warmup <= 1,
-        'n_eval': 0 <= c.n_eval,
+        'eps': 0 <= config.eps <= 1,
+        'eps_min eps_max': config.eps_min <= config.eps_max,
+        'step_size': 0 < config.step_size <= 1 or config.eps == 0,
+        'lr_warmup': 0 <= config.lr_warmup <= 1,
+        'n_eval': 0 <= config.n_eval,
+        'n_val': 0 <= config.n_val,
+        'ema': config.ema is None or 0 < config.ema < 1,
+        'restart': 'none' not in config.restart or config.restart == ['none'],
     }
     for names, valid in in_range.items():
         if not valid:
-            found = data.show_settings(names.split(), vars(c))
-            raise ValueError(f'{found} is out of range')
-    if c.eps_sched == 'constant' and (c.eps_min, c.eps_max) != (0, c.eps):
+            shown = data.show_settings(names.split(), vars(config))
+            raise ValueError(f'{shown} is out of range')
+    if config.eps_sched == 'constant' and (config.eps_min, config.eps_max) != (0, config.eps):
         raise ValueError('a constant eps is that of --eps: leave out --eps-min and --eps-max')
-    return c
 
 
 def config_of(flags):
@@ -284,6 +368,8 @@ def parser():
     add('--epochs', type=cli.count, help='100 for MNIST, 200 for CIFAR10')
     add('--periodic', action='store_true', help='three periods: 1/2, 1/4 and 1/4 of the epochs')
     add('--periods', type=cli.count, nargs='+', metavar='EPOCHS', help='all periods: 100 50 50')
+    text = 'what begins anew with each period; the rest follows the whole run'
+    add('--restart', nargs='+', choices=('eps', 'lr', 'none'), default=['eps', 'lr'], help=text)
     add('--clock', choices=('epoch', 'batch'), default='epoch', help='how often lr and eps move')
     add('--batch-size', type=cli.count, default=128, help='images an update, of all processes')
     add('--optimizer', choices=OPTIMIZERS, help='adam for MNIST, sgd for CIFAR10')
@@ -298,6 +384,8 @@ def parser():
     add('--augment', action=argparse.BooleanOptionalAction, help='crop and flip; for CIFAR10')
     add('--n-train', type=cli.count, help='number of training images; all')
     add('--n-eval', type=int, default=1000, help='test images for the errors after each epoch')
+    add('--n-val', type=int, default=0, help='held-out training images that choose best1.pt ...')
+    add('--ema', type=float, metavar='DECAY', help='average of the weights, kept as ema1.pt ...')
     add('--trace', type=cli.count, metavar='N', help='log the first and last N updates')
     add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32', help='of training alone')
     add('--seed', type=int, default=0, help='of initialisation, data order and attacks')
@@ -310,22 +398,22 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    c = settings(args)
-    name = f'{c.dataset}_{c.model}_{c.eps_sched}'
-    if len(c.periods) > 1:
+    config = settings(args)
+    name = f'{config.dataset}_{config.model}_{config.eps_sched}'
+    if len(config.periods) > 1:
         name += '_periodic'
-    folder = pathlib.Path(args.out or f'ckpts/{name}_s{c.seed}')
+    folder = pathlib.Path(args.out or f'ckpts/{name}_s{config.seed}')
     names = 'dataset', 'model', 'width', 'eps', 'eps_sched', 'periods'
-    print(f'{folder} on {args.device}: {data.show_settings(names, vars(c))}')
+    print(f'{folder} on {args.device}: {data.show_settings(names, vars(config))}')
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # a resumed run is bit-identical
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     defaults = config_of([])
     diverged = folder / 'diverged.json'
     with record.lock(folder):
-        state = record.start(folder, vars(c), defaults, args.device)
+        state = record.start(folder, vars(config), defaults, args.device)
         if not diverged.exists() and not record.finished(folder):
-            train(c, state, folder, args)
+            train(config, state, folder, args)
         if diverged.exists():
             epoch = record.load(diverged)['epoch']
             print(f'{folder} diverged in epoch {epoch}, which is its result; try a smaller --lr')

@@ -32,7 +32,7 @@ def load_run(path, args):
     dataset, run.augment = config['dataset'], config['augment']
     run.eps = config['eps'] if args.eps is None else args.eps
     x, y = data.load(dataset, args.data_dir, args.device)[:2]
-    n_train = config.get('n_train') or len(x)
+    n_train = len(data.split(len(x), config.get('n_train'), config.get('n_val', 0))[0])
     n = args.n_examples or n_train
     if n > n_train:
         raise ValueError(f'--n-examples {n}: {path} was trained on {n_train} images')

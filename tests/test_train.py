@@ -58,8 +58,8 @@ def test_the_logged_errors_are_those_of_the_checkpoint_at_the_target_budget(runs
 def test_an_image_that_is_wrong_when_clean_counts_as_fooled(monkeypatch):
     monkeypatch.setattr(train, 'pgd', lambda model, x, *args, **options: 1 - x)
     model, x = fast.Folded(torch.nn.Flatten(), []), torch.eye(2)[:, None, None]  # logits: pixels
-    c = train.settings(train.parser().parse_args(['--eps', '1']))
-    found = train.validate(model, x, torch.tensor([1, 0]), None, c)
+    config = train.settings(train.parser().parse_args(['--eps', '1']))
+    found = train.validate(model, x, torch.tensor([1, 0]), None, config)
     assert found['clean_error'] == found['robust_error'] == 1
 
 
@@ -149,6 +149,95 @@ def test_parameters_that_the_loss_does_not_use_change_nothing(tiny, tmp_path, mo
     assert ours == theirs
 
 
+def test_held_out_images_are_of_the_training_set_and_not_trained_on(tiny):
+    args = train.parser().parse_args([*tiny, '--n-val', '30'])
+    x, _, _, (held_out, _, index) = train.images(train.settings(args), args)
+    x_train = data.load('mnist5k')[0]
+    assert torch.equal(x, x_train[data.subset(4000, 256)])  # as without --n-val
+    assert torch.equal(held_out, x_train[index]) and len(index) == 30
+    assert not set(index.tolist()) & set(data.subset(4000, 256).tolist())
+    rest, others = data.split(50, None, 20)
+    assert sorted([*rest.tolist(), *others.tolist()]) == [*range(50)]
+    with pytest.raises(ValueError, match='--n-train 40 and --n-val 20: there are 50'):
+        data.split(50, 40, 20)
+
+
+def test_the_best_model_of_each_period_is_the_first_with_the_least_error_on_held_out_images(
+    tiny, tmp_path
+):
+    flags = '--epochs 8 --periodic --n-val 40 --lr 0.01 --eps 0.2 --restart eps'
+    train.main([*tiny, *flags.split(), '--out', 'run'])
+    log, index = log_of(tmp_path / 'run'), data.split(4000, 256, 40)[1]
+    x, y = (tensor[index] for tensor in data.load('mnist5k')[:2])
+    for i, rows in enumerate((log[:4], log[4:6], log[6:])):
+        model, _ = record.load_model(tmp_path / f'run/best{i + 1}.pt')
+        x_adv = attack.pgd(model, x, y, 0.2, 0.1, 2, index=index)
+        robust = classifier.correct(model, x, y) & classifier.correct(model, x_adv, y)
+        errors = [row['val_robust_error'] for row in rows]
+        assert min(errors) == pytest.approx(1 - robust.float().mean().item())
+        assert rows[-1]['best_digest'] == record.digest(tmp_path / f'run/best{i + 1}.pt')
+    chosen = [record.load(tmp_path / f'run/{name}1.pt')['fc2.bias'] for name in ('best', 'period')]
+    assert torch.equal(*chosen) == (log[3]['val_robust_error'] < min(errors_of(log[:3])))
+
+
+def errors_of(rows):
+    return [row['val_robust_error'] for row in rows]
+
+
+def test_the_average_of_a_period_is_its_closed_form_and_begins_anew(tiny, tmp_path, monkeypatch):
+    states, build = [], train.build_optimizer
+
+    def watched(model, config):
+        optimizer = build(model, config)
+        optimizer.register_step_post_hook(
+            lambda *_: states.append({k: v.clone() for k, v in model.state_dict().items()})
+        )
+        return optimizer
+
+    monkeypatch.setattr(train, 'build_optimizer', watched)
+    flags = '--model resnet18 --n-train 24 --batch-size 8 --n-eval 0 --ema 0.7 --periods 2 1'
+    train.main(
+        [*[word for word in tiny if word not in ('--epochs', '4')], *flags.split(), '--out', 'run']
+    )
+    for i, period in enumerate((states[:6], states[6:])):
+        found = record.load(tmp_path / f'run/ema{i + 1}.pt')
+        n = len(period)
+        weights = [0.7 ** (n - 1), *(0.3 * 0.7 ** (n - 1 - k) for k in range(1, n))]
+        for name in 'conv1.weight', 'bn1.running_mean', 'classifier.bias':
+            expected = sum(w * state[name] for w, state in zip(weights, period))
+            assert torch.allclose(found[name], expected, atol=1e-6), name
+
+
+# eps and lr at six epochs of the periods 4 and 2, worked out by hand: t is 0, 1/4 ... or 0, 1/6 ...
+ANEW, WHOLE = [0, 0.2, 0.4, 0.4, 0, 0.4], [0, 0.8 / 6, 1.6 / 6, 0.4, 0.4, 0.4]
+LR_ANEW, LR_WHOLE = [1, 1, 0.1, 0.01, 1, 0.1], [1, 1, 1, 0.1, 0.1, 0.01]
+
+
+@pytest.mark.parametrize(
+    'restart, eps, lr',
+    [
+        ('lr eps', ANEW, LR_ANEW),
+        ('lr', WHOLE, LR_ANEW),
+        ('eps', ANEW, LR_WHOLE),
+        ('none', WHOLE, LR_WHOLE),
+    ],
+)
+def test_what_does_not_restart_follows_the_whole_run(restart, eps, lr):
+    flags = f'--eps-sched linear --lr-sched step --lr 1 --periods 4 2 --restart {restart}'
+    config = train.settings(train.parser().parse_args(flags.split()))
+    found = [train.clock(config, epoch, 0, 1) for epoch in range(6)]
+    assert [row[1] for row in found] == pytest.approx(eps)
+    assert [row[2] for row in found] == pytest.approx(lr)
+
+
+def test_without_restarts_periods_are_snapshots_of_the_plain_run(tiny, tmp_path):
+    train.main([*tiny, '--out', 'plain'])
+    argv = [word for word in tiny if word not in ('--epochs', '4')]
+    train.main([*argv, *'--periods 2 1 1 --restart none --n-val 20 --ema 0.9 --out snap'.split()])
+    plain, last = (tmp_path / name for name in ('plain/period1.pt', 'snap/period3.pt'))
+    assert plain.read_bytes() == last.read_bytes()
+
+
 @pytest.mark.parametrize('clock, last', [('epoch', 0), ('batch', 0.5)])
 def test_lr_warm_up_trains_no_epoch_at_0_on_either_clock(tiny, tmp_path, clock, last):
     flags = f'--lr-sched cosine --lr-warmup 0.5 --n-eval 0 --clock {clock} --out run'
@@ -163,6 +252,8 @@ def test_lr_warm_up_trains_no_epoch_at_0_on_either_clock(tiny, tmp_path, clock, 
 
 KILLED = '--width 1 --n-train 40 --batch-size 20 --n-eval 10 --epochs 4 --step-size 0.1 --n-iter 2'
 KILLED += ' --lr 1e-3 --eps-sched linear --trace 3 --periodic --device cpu'
+KILLED += ' --n-val 20 --ema 0.9 --restart eps'
+N_FILES = 22  # that such a run writes
 
 
 def killed_at(moment, after, main, argv):
@@ -194,7 +285,9 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('moment, after', [*((i, False) for i in range(16)), (15, True)])
+@pytest.mark.parametrize(
+    'moment, after', [*((i, False) for i in range(N_FILES)), (N_FILES - 1, True)]
+)
 def test_a_run_killed_at_any_file_it_writes_ends_as_one_in_one_go(whole, tmp_path, moment, after):
     argv = [*KILLED.split(), '--out', 'run']
     assert killed_at(moment, after, train.main, argv) == signal.SIGKILL
@@ -254,6 +347,9 @@ def test_the_budget_0_is_clean_training(tiny, tmp_path):
         ('--step-size eps/0', "--step-size: 'eps/0'"),
         ('--lr-warmup 2', '--lr-warmup 2.0 is out'),
         ('--n-eval -1', '--n-eval -1 is out'),
+        ('--n-val -1', '--n-val -1 is out'),
+        ('--ema 1', '--ema 1.0 is out'),
+        ('--restart none lr', '--restart lr none is out'),
         ('--dataset cifar10 --eps-min 9/255 --eps-max 0', '--eps-min 9/255 --eps-max 0 is out'),
         ('--eps-max 0.2', 'a constant eps is that of --eps'),
         ('--eps-min 0.2', 'a constant eps is that of --eps'),
@@ -327,7 +423,8 @@ def test_precision_is_that_of_training_and_not_of_the_errors(tiny, monkeypatch, 
 
 
 def test_compilation_changes_no_bit_of_what_is_learnt(tiny, tmp_path, monkeypatch):
-    argv = [*tiny, '--n-train', '20', '--batch-size', '12', '--n-eval', '4', '--out']
+    flags = '--n-train 20 --batch-size 12 --n-eval 4 --n-val 8 --ema 0.9 --out'
+    argv = [*tiny, *flags.split()]
     train.main([*argv, 'plain'])
     # the tracing, without a C++ compiler
     compiled = mock.Mock(side_effect=functools.partial(torch.compile, backend='eager'))
