@@ -256,12 +256,9 @@ def save_checkpoint(folder, config, model, optimizer, averaged, log, trace):
     """Writes what the run leaves after an epoch; a kill at any moment loses at most that epoch."""
     ends = list(itertools.accumulate(config.periods))
     period = sum(end < len(log) for end in ends)
-    first = ends[period] - config.periods[period]
     best, ema = folder / f'best{period + 1}.pt', folder / f'ema{period + 1}.pt'
     if config.n_val:
-        *before, error = (row['val_robust_error'] for row in log[first:])
-        if error < min(before, default=math.inf):
-            record.save(best, model.state_dict())
+        save_best(folder, config, period, model, log)
     if len(log) == ends[period]:
         last = record.period_files(folder, vars(config))[period]
         record.save(last, model.state_dict())
@@ -277,6 +274,19 @@ def save_checkpoint(folder, config, model, optimizer, averaged, log, trace):
         state['averaged'] = averaged.state_dict()
     record.save(folder / 'last.pt', state | {'log': log, 'trace': trace})
     save_logs(folder, log, trace)
+
+
+def save_best(folder, config, period, model, log):
+    """Keeps `model` if its error on held-out images is the least of its period, or without restarts
+    of the run so far."""
+    first = sum(config.periods[:period])  # epoch of the period
+    compared = log if config.restart == ['none'] else log[first:]
+    *before, error = (row['val_robust_error'] for row in compared)
+    best = folder / f'best{period + 1}.pt'
+    if error < min(before, default=math.inf):
+        record.save(best, model.state_dict())
+    elif len(log) - 1 == first:  # the best so far is that of the period before
+        record.save(best, record.load(folder / f'best{period}.pt'))
 
 
 def save_logs(folder, log, trace):

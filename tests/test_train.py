@@ -238,6 +238,17 @@ def test_without_restarts_periods_are_snapshots_of_the_plain_run(tiny, tmp_path)
     assert plain.read_bytes() == last.read_bytes()
 
 
+def test_without_restarts_the_best_model_is_that_of_the_run_so_far(tiny, tmp_path, monkeypatch):
+    errors = iter(error for error in (0.5, 0.2, 0.3, 0.2, 0.1) for _ in range(2))
+    found = {'clean_error': 0.1, 'predicted_classes': 10}
+    monkeypatch.setattr(train, 'validate', lambda *_: found | {'robust_error': next(errors)})
+    argv = [word for word in tiny if word not in ('--epochs', '4')]
+    train.main([*argv, *'--periods 2 2 1 --restart none --n-val 20 --out run'.split()])
+    best = [(tmp_path / f'run/best{i}.pt').read_bytes() for i in (1, 2, 3)]
+    periods = [(tmp_path / f'run/period{i}.pt').read_bytes() for i in (1, 3)]
+    assert best == [periods[0], periods[0], periods[1]]
+
+
 @pytest.mark.parametrize('clock, last', [('epoch', 0), ('batch', 0.5)])
 def test_lr_warm_up_trains_no_epoch_at_0_on_either_clock(tiny, tmp_path, clock, last):
     flags = f'--lr-sched cosine --lr-warmup 0.5 --n-eval 0 --clock {clock} --out run'
