@@ -1,174 +1,219 @@
-"""The claims of the paper: what was measured, its interval over seeds, and a verdict.
+"""The claims of the paper: what was measured of each, its interval over seeds, and a verdict."""
 
-A Finding is on one claim in one experiment, at the paper's size (full) or not.
-"""
-
-import collections
 import pathlib
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-import data
+from paper.results import CONDITIONS, FIVE, FOLLOW, UNKNOWN, alike, comparable, first_and_last
 
-RULE = """Seeds are paired. With n >= 2 of them a claim holds if the 95 % t-interval of its value,
-in brackets, is above 0, does not hold if it is below, and is inconclusive if it contains 0 or if
-all values are equal. A count has no interval: all seeds of at least 3 must agree. *Baseline
-untrained*: what the claim compares with is a constant classifier. A dash: not measured. Robust
-error: the mean of the five attacks."""
+RULE = """A claim is that a number is above 0: points of error less, or decades. Seeds are paired.
+An interval [low, high] is Student's, of 95 %, over training seeds; all seeds are tested on the same
+images. A claim *holds* if its interval is above 0, *does not hold* if it is below, and is
+*inconclusive* otherwise, also if all values are equal. A count has no interval: all seeds of at
+least 3 must agree. *Uncorrected* is a verdict that does not stand after Holm's correction for the
+number of intervals in its table. *Baseline untrained*: what the claim compares with is a constant
+classifier or diverged; *unknown*: nobody looked. A run that diverged counts as wrong on every
+image. A dash: not measured.
 
-# the paper's settings of each attack that are not those of training
-APGD = {'n_iter': 100, 'n_restarts': 5}
-ATTACKS = {'pgd': {}, 'pgd100': {'n_iter': 100}, 'apgd100_ce': APGD, 'apgd100_dlr': APGD}
-ATTACKS |= {'square5k': {'n_queries': 5000}}
-# a baseline, the setting whose value it is, and those that go along with it
-BASELINES = [('constant', 'eps_sched', 'eps_min', 'eps_max'), ('no', 'periodic', 'periods')]
-BASELINES += [('vgg', 'model')]
-Gain = collections.namedtuple('Gain', 'change other full experiment untrained values')
-Finding = collections.namedtuple('Finding', 'claim full experiment verdict ours n')
-COLUMNS = ['claim', 'in the paper', 'verdict', 'ours', 'n', 'experiment', 'size']  # of claims.md
-ROW = ['dataset', 'model', 'periodic', 'eps_sched']
-PAPER = pd.read_csv(pathlib.Path(__file__).with_name('table1.txt'), sep=r'\s+', index_col=ROW)
-TITLES = [title for title in PAPER if title != 'clean']
-
-# a claim, with the unit of a value that is above 0 if it holds, and where the paper makes it
-CLAIMS = {
-    'linear clean': ('A linear eps beats a constant one: points of clean error', 'Table 1'),
-    'linear robust': ('A linear eps beats a constant one: points of robust error', 'Table 1'),
-    'cosine clean': ('A cosine eps beats a constant one: points of clean error', 'Table 1'),
-    'cosine robust': ('A cosine eps beats a constant one: points of robust error', 'Table 1'),
-    'yes robust': (
-        'An ensemble of periods beats one model: points of robust error',
-        'Table 1, CIFAR10',
-    ),
-    'resnet18 robust': ('ResNet18 beats VGG: points of robust error', 'Table 1'),
-    'rates': ('A warm-up of eps makes more learning rates usable: how many more', 'Figure 5'),
-    'warm-up': ('A warm-up of lr does not replace that of eps: points of PGD error', 'C.2.3'),
-    'first': ('Larger eps, smaller gradients at first: decades', 'Figures 2a, 8'),
-    'slower': ('Larger eps, slower first updates: points of robust training error', 'Figure 2b'),
-    'nearer': ('Larger eps, nearer to the initial point at first: decades', 'Figure 2c'),
-    'last': ('Larger eps, larger gradients in the end: decades', 'Figures 2d, 8'),
-    'loss': ('Larger eps, more training loss left in the end: decades', 'Figure 11 (4.2: similar)'),
-    'sharper': ('Larger eps, sharper minima: decades of the top eigenvalue', 'Figure 3'),
-    'similar': ('Perturbations differ most along the top eigenvector: cosine', 'Figure 4'),
-    'steeper': ('Robust error rises most along the top eigenvector: points', 'Section 4.2'),
-    'connected': ('Adversarial minima are less connected: barrier of L_eps', 'C.2.5'),
-    'dead': ('A layer dies in the narrowest models, not in the widest: 1 or 0', 'C.2.4'),
-    'proposition 1': ('A linear model is robust up to one eps, and to no larger', 'Section 3.1'),
-    'theorem 1': ('From eps = max abs(x) on, 0 is the best multiple of linear models', 'Theorem 1'),
-    'theorem 2': ('Large gradients are rarer than their bound', 'Theorem 2'),
+"""
+TEXT = pathlib.Path(__file__).with_name('claims.txt').read_text()
+CLAIMS = [[cell.strip() for cell in line.split('|')] for line in TEXT.splitlines()[1:]]
+BASELINES = {'eps_sched': 'constant', 'periodic': 'no', 'model': 'vgg'}
+TABLE_1 = {  # a change of the baseline: the claim, the paper's gains by the five attacks, and clean
+    'linear': ('A linear eps beats a constant one', '0.37 to 1.86', '0.07 to 6.45'),
+    'cosine': ('A cosine eps beats a constant one', '0.18 to 1.84', '0.19 to 4.42'),
+    'yes': ('An ensemble of periods beats one model', '2.07 to 5.69, CIFAR10', UNKNOWN),
+    'resnet18': ('ResNet18 beats VGG', '1.84 to 5.46', UNKNOWN),
 }
+RATES = 'A warm-up of eps makes more learning rates usable: how many more', 'Figure 5'
+WARM_UP = 'A warm-up of lr does not replace that of eps: points of PGD error', 'C.2.3'
 
 
-def finding(claim, full, experiment, values, unit='seed', untrained=0, count=False):
-    """A Finding on a claim, from independent `values`, one for each `unit`; the baseline of
-    `untrained` of them is a constant classifier. A `count` has no interval."""
-    n, holds, fails = len(values), False, False
+def make(results, theory):
+    """{heading: table} of all claims on which there are numbers."""
+    on_runs = [*on_rates(results.runs, results.settings), *on_numbers(results)]
+    tables = {
+        'Claims of Table 1': pd.DataFrame(on_table_1(results)),
+        'Claims on learning rates and the landscape': pd.DataFrame(on_runs),
+    }
+    corrected = {}
+    for heading, table in tables.items():
+        if len(table):
+            n_verdicts = correct_for_number(table)
+            corrected[f'{heading} ({n_verdicts} intervals)'] = table
+    return corrected | {'Claims of Section 3': pd.DataFrame(on_theory(theory) if theory else [])}
+
+
+def judge(values, full, baselines=(), count=False):
+    """The verdict of the RULE on the claim that `values` are above 0, the values as text, and p of
+    the t-test, nan without one. `baselines` say for each whether it is a constant classifier."""
+    n, untrained = len(values), list(baselines).count('yes')
     if count:
-        ours = ', '.join(f'{value:g}' for value in values)
-        if n >= 3:
-            holds, fails = min(values) > 0, max(values) <= 0
+        text, p = ', '.join(f'{value:g}' for value in values), np.nan
+        low, high = (min(values), max(values) - 1) if n >= 3 else (-np.inf, np.inf)
     else:
-        mean = np.round(np.mean(values), 9) + 0.0  # 0 where they cancel but for rounding
-        ours = f'{mean:.3g}'
-        if n >= 2 and not np.allclose(values, mean):  # equal ones: an interval of width 0
-            low, high = stats.t.interval(0.95, n - 1, mean, stats.sem(values))
-            holds, fails = low > 0, high < 0
-            ours += f' ({low:.3g} to {high:.3g})'
-    verdict = 'inconclusive'
+        mean, low, high, p = interval(values)
+        text = f'{mean:.3g}' + (f' [{low:.3g}, {high:.3g}]' if low < high < np.inf else '')
+    verdict = 'holds' if low > 0 else 'does not hold' if high < 0 else 'inconclusive'
     if untrained:
-        verdict = 'baseline untrained'
-        if untrained < n:
-            verdict += f': {untrained} of {n}'
-    elif holds:
-        verdict = 'holds'
-    elif fails:
-        verdict = 'does not hold'
-    n = f'{n} {unit}' if n == 1 else f'{n} {unit}s'
-    return Finding(claim, full, experiment, verdict, ours, n)
+        return f'baseline untrained: {untrained} of {n}', text, np.nan
+    if 'unknown' in list(baselines):
+        return 'unknown', text, np.nan
+    return verdict if full else f'{verdict} at a small size', text, p
 
 
-def gains(frame, settings):
-    """What any other value of a setting gains over its baseline, if nothing else differs: Gains,
-    whose `values` have a row for each seed and a column for each error, in points; `robust` is the
-    mean of the five attacks.
-
-    frame: a row for each evaluation, with `settings`, errors in percent, seed, full, experiment,
-    untrained and periodic.
-    """
-    frame = frame.assign(robust=frame.reindex(columns=TITLES).mean(axis=1, skipna=False))
-    frame = frame.dropna(subset='robust')
-    errors = [name for name in ('robust', 'worst case', 'AutoAttack', 'clean') if name in frame]
-    for baseline, setting, *along in BASELINES:
-        same = [name for name in settings if name not in (setting, *along)]
-        before, after = frame[frame[setting] == baseline], frame[frame[setting] != baseline]
-        pairs = after.merge(before, on=[*same, 'seed'], suffixes=('', ' before'))
-        pairs['where'] = [', '.join(notes(row, setting)) for _, row in pairs.iterrows()]
-        for name in (*same, *along):  # what would distinguish two experiments of one name
-            several = pairs.groupby([setting, 'where'])[name].transform('nunique', dropna=False) > 1
-            pairs.loc[several, 'where'] += ', ' + name + ' ' + pairs[name].astype(str)
-        for (other, where), rows in pairs.groupby([setting, 'where'], sort=False):
-            full = rows['full'].all() and rows['full before'].all()
-            untrained = int(rows['untrained before'].sum())
-            values = pd.DataFrame({name: rows[f'{name} before'] - rows[name] for name in errors})
-            yield Gain(f'{setting} {baseline} to {other}', other, full, where, untrained, values)
+def interval(values):
+    """The mean, both ends of Student's interval of 95 %, and p of the test that the mean is 0. One
+    value, or equal ones, prove nothing: their interval is infinite."""
+    n, mean = len(values), np.round(np.mean(values), 9) + 0.0  # 0 where they cancel
+    if n < 2 or np.allclose(values, mean):
+        return mean, -np.inf, np.inf, np.nan
+    deviation = stats.sem(values)
+    low, high = stats.t.interval(0.95, n - 1, mean, deviation)
+    return mean, low, high, 2 * stats.t.sf(abs(mean) / deviation, n - 1)
 
 
-def notes(pair, setting):
-    """The experiment of a pair that differs in a `setting`, and what else to know of it."""
-    yield pair['experiment']
-    if not (pair['full'] and pair['full before']):
-        yield f'eps {pair["eps"]}'
-    if setting != 'eps_sched':
-        yield f'{pair["eps_sched"]} eps'
-    if setting != 'periodic' and pair['periodic'] == 'yes':
-        yield 'periodic'
+def correct_for_number(table):
+    """Marks the verdicts of a table of claims that do not stand after Holm's correction for all of
+    its p values, which it takes out of the table. Returns their number."""
+    columns = [name for name in table if name.startswith('p ')]
+    p = table[columns].to_numpy()
+    stands = holm(p.ravel()).reshape(p.shape)
+    for column, name in enumerate(columns):
+        verdict = name.removeprefix('p ')
+        decided = table[verdict].str.match('holds|does not hold') & ~np.isnan(p[:, column])
+        table.loc[decided & ~stands[:, column], verdict] += ', uncorrected'
+    table.drop(columns=columns, inplace=True)
+    return int((~np.isnan(p)).sum())
 
 
-def of_table(gains):
-    """Findings on Table 1, from Gains."""
-    for gain in gains:
-        for error, values in gain.values.items():
-            claim = f'{gain.other} {error}'
-            if claim in CLAIMS:
-                yield finding(claim, gain.full, gain.experiment, values, untrained=gain.untrained)
+def holm(p):
+    """Which of the p values, (n,), are significant at 5 % after Holm's correction; nan are none."""
+    stands = np.zeros(len(p), bool)
+    order = np.argsort(p)[: np.sum(~np.isnan(p))]  # nan come last
+    for i, smallest in enumerate(order):
+        if p[smallest] > 0.05 / (len(order) - i):
+            break
+        stands[smallest] = True
+    return stands
 
 
-def measures(run):
-    """The measurements of a run that studies compare, name -> value."""
-    config = run.config
-    schedule = f'{config["eps_sched"]} eps'
-    if config['lr_warmup']:
-        warm_up = f'lr warm-up {config["lr_warmup"]:g}'
-        schedule = warm_up if schedule == 'constant eps' else f'{warm_up}, {schedule}'
-    found = {'untrained': float(run.untrained), 'schedule': schedule}
-    if run.trace:
-        n, rows = run.trace['n'], pd.DataFrame(run.trace['rows'])
-        first, tenth = rows[:n], max(1, n // 10)
-        found['gradient, first tenth'] = decades(first['grad_norm'][:tenth].mean())
-        found['gradient, last'] = decades(rows['grad_norm'][-n:].mean())
-        found['error at first'] = 100 * first['robust_error'].mean()
+def comparisons(results):
+    """Runs that differ in one setting of BASELINES from one of its value there: the setting, and a
+    frame with a row for each seed, in which ' before' ends the columns of the baseline."""
+    frame = results.evaluations
+    frame = frame.assign(five=frame[FIVE].mean(axis=1, skipna=False)).dropna(subset='five')
+    conditions = [*results.settings, *CONDITIONS]
+    for setting, baseline in BASELINES.items():
+        changed = setting, *FOLLOW[setting]
+        for group in alike(frame, conditions, changed):
+            before, others = (group[(group[setting] == baseline) == b] for b in (True, False))
+            for after in alike(others, changed):
+                pairs = after.merge(before, on='seed', suffixes=('', ' before'))
+                if len(pairs):
+                    yield setting, pairs
+
+
+def points_of(pairs, error):
+    """What each run of a comparison gains over its baseline, in points of an error, (n,)."""
+    return pairs[f'{error} before'] - pairs[error]
+
+
+def headline(pairs):
+    """The error by which runs are judged: AutoAttack's, or where it was not run the worst case."""
+    return 'AutoAttack' if points_of(pairs, 'AutoAttack').notna().all() else 'worst case'
+
+
+def on_table_1(results):
+    """The verdicts on Table 1: what a change of one setting gains, in points of error."""
+    rows = [gain(setting, pairs) for setting, pairs in comparisons(results)]
+    return sorted(rows, key=lambda row: row['claim'])
+
+
+def gain(setting, pairs):
+    """A row of that table, on runs and their baselines of all seeds."""
+    after, error = pairs[setting].iloc[0], headline(pairs)
+    other = f'{setting} {BASELINES[setting]} to {after}', UNKNOWN, UNKNOWN
+    claim, paper, paper_clean = TABLE_1.get(after, other)
+    full = (pairs['full'] & pairs['full before']).all()
+    constant = pairs['constant before']
+    verdict, robust, p = judge(points_of(pairs, error), full, constant)
+    clean_verdict, clean, p_clean = judge(points_of(pairs, 'clean'), full, constant)
+    return {
+        'claim': claim,
+        'runs': pairs['name'].iloc[0],
+        'seeds': len(pairs),
+        'robust': verdict,
+        'points': robust,
+        'by': error,
+        'mean of five': judge(points_of(pairs, 'five'), full)[1],
+        'of the paper': paper,
+        'clean': clean_verdict,
+        'clean points': clean,
+        'of the paper, clean': paper_clean,
+        'p robust': p,
+        'p clean': p_clean,
+    }
+
+
+def on_numbers(results):
+    """The verdicts on CLAIMS, under a constant eps: on a number at the largest value of a setting
+    less that at the smallest, without a setting on that of each run."""
+    runs = results.runs[results.runs['eps_sched'] == 'constant']
+    for number, sign, setting, source, where, claim in CLAIMS:
+        varied = setting or 'eps'
+        for group in alike(runs, results.settings, (varied, *FOLLOW[varied])):
+            if group[varied].nunique() < (3 if varied == 'eps' else 2):  # two make no trend
+                continue
+            group = comparable(group)
+            group[number] = [numbers(run).get(number) for run in group.to_dict('records')]
+            table = group.astype({number: float}).pivot_table(number, 'seed', varied)
+            if not setting:
+                values = table.dropna().mean(axis=1)
+            elif table.shape[1] > 1:
+                values = int(sign) * (table.iloc[:, -1] - table.iloc[:, 0]).dropna() + 0.0
+            else:
+                continue
+            if len(values):
+                count = setting == 'width'
+                yield finding((claim, where), values, group, of_full_size(group, source), count)
+
+
+def of_full_size(group, source):
+    """Whether runs are of the paper's size, and what was measured on them too."""
+    results = [result for result in group[source] if result] if source != 'updates' else []
+    return group['of the paper'].all() and all(result['n'] >= 10000 for result in results)
+
+
+def numbers(run):
+    """What claims compare of a run, name -> number. A constant classifier is at no minimum."""
+    found = {}
+    trained = run['constant'] != 'yes'
+    if run['updates']:
+        first, last = first_and_last(run)
+        found['first'] = decades(first['grad_norm'][: max(1, len(first) // 10)].mean())
+        found['slower'] = 100 * first['robust_error'].mean()
         found['distance'] = decades(first['distance'].iloc[-1])
-    if run.log:
-        found['loss left'] = decades(run.log[-1]['loss'] / run.log[0]['loss'])
-    if run.hessian:
-        eigen, scale = run.hessian['eigen'], np.mean(run.hessian['random_losses'])
-        top = eigen['values'][0] if eigen['converged'][0] else np.nan
-        found['top eigenvalue'] = decades(top / scale)  # nan if negative: at a saddle
-    if run.similarity:
-        points = pd.DataFrame(run.similarity['points'])
-        away, here = (points.query(a).groupby('direction').mean() for a in ('a > 0', 'a == 0'))
-        found |= away['cosine'].add_prefix('cosine, ').to_dict()
-        found |= (100 * (away - here)['robust_error']).add_prefix('rise, ').to_dict()
-    if run.connect:
-        found['barrier'] = run.connect['barriers'][run.connect['curve']]
-    if run.dead:
-        found['layers dead'] = sum(layer['all'] for layer in run.dead['layers'])
-        found |= {f'dead {layer["layer"]}': layer['share'] for layer in run.dead['layers']}
-    found['pgd'] = 1.0 if run.diverged else np.nan  # a diverged run is always wrong
-    if run.pgd:
-        found['pgd'] = run.pgd['error']
+        found['loss left'] = decades(run['log'][-1]['loss'] / run['log'][0]['loss'])
+        if trained:
+            found['last'] = decades(last['grad_norm'].mean())
+    if run['hessian'] and run['hessian']['eigen']['converged'][0] and trained:
+        scale = np.mean(run['hessian']['random_losses'])
+        found['sharper'] = decades(run['hessian']['eigen']['values'][0] / scale)
+    if run['similarity'] and trained:
+        points = pd.DataFrame(run['similarity']['points'])
+        points['moved'] = points['a'] > 0
+        means = points.groupby(['moved', 'direction'])[['cosine', 'robust_error']].mean()
+        cosine, error = means['cosine'].unstack(), 100 * means['robust_error'].unstack()
+        found['similar'] = cosine.loc[True, 'random'] - cosine.loc[True, 'eigenvector']
+        rise = error.loc[True] - error.loc[False]
+        found['steeper'] = rise['eigenvector'] - rise['random']
+    if run['connect'] and trained:
+        found['barrier'] = run['connect']['barriers'][run['connect']['curve']]
+    if run['dead'] and run['eps'] > 0:
+        found['dead layer'] = float(any(layer['all'] for layer in run['dead']['layers']))
     return found
 
 
@@ -177,114 +222,82 @@ def decades(value):
     return np.log10(value) if value > 0 else np.nan
 
 
-def experiment(config, full):
-    """Dataset and model of a run as a string, with the width if it is not at the paper's size."""
-    text = f'{config["dataset"]} {config["model"]}'
-    return text if full else f'{text} of width {config["width"]}'
+def on_rates(runs, settings):
+    """The verdicts on Figure 5 and C.2.3, at the learning rates that both schedules have."""
+    for group in alike(runs, settings, ('lr', *FOLLOW['lr'])):
+        group = comparable(group)
+        group['error'] = [run and run['error'] for run in group['pgd']]
+        constant = group[group['eps_sched'] == 'constant']
+        growing = group[(group['eps_sched'] != 'constant') & (group['lr_warmup'] == 0)]
+        for lr_warmup, baseline in constant.groupby('lr_warmup'):
+            for _, ours in growing.groupby('eps_sched'):
+                before, after = (
+                    frame.astype({'error': float}).pivot_table('error', 'seed', 'lr')
+                    for frame in (baseline, ours)
+                )
+                before, after = before.align(after, join='inner')
+                both = (before.notna() & after.notna()).all(axis=1)  # seeds with all rates
+                before, after = before[both], after[both]
+                if before.empty or before.shape[1] < 2:
+                    continue
+                stuck = (baseline['constant'] == 'yes').all()
+                states = ['yes' if stuck else 'no'] * len(before)
+                full = of_full_size(pd.concat([baseline, ours]), 'pgd')
+                if lr_warmup:
+                    points = 100 * (before - after).mean(axis=1)
+                    yield finding(WARM_UP, points, ours, full, baselines=states)
+                else:  # a rate is usable if fewer than half of the images are misclassified
+                    more = (after < 0.5).sum(axis=1) - (before < 0.5).sum(axis=1)
+                    yield finding(RATES, more, ours, full, count=True, baselines=states)
 
 
-def by_seed(frame, column, value):
-    """The numbers `value` as a frame: a row per seed, a column per value of `column` that all seeds
-    have. If they share fewer than two, only the seeds with the most are taken."""
-    rows = frame.reindex(columns=['seed', column, value]).dropna()
-    table = rows.pivot(index='seed', columns=column, values=value)
-    n = table.count(axis=1)
-    common, most = table.dropna(axis=1), table[n == n.max()].dropna(axis=1)
-    return common if common.shape[1] > 1 else most
+def finding(claim, values, group, full, count=False, baselines=()):
+    """A verdict as a row of the second table, on a `group` of runs, a value for each seed."""
+    verdict, text, p = judge(values, full, baselines, count)
+    return {
+        'claim': claim[0],
+        'in the paper': claim[1],
+        'verdict': verdict,
+        'ours': text,
+        'n': len(values),
+        'runs': common_name(group),
+        'p verdict': p,
+    }
 
 
-def of_budget(study):
-    """Findings on Section 4, under a constant eps. A constant classifier is at no minimum."""
-    frame = study.frame[study.frame['eps_sched'] == 'constant']
-    trained = frame[frame['untrained'] == 0]
-    for claim, analysis, rows, name, sign in (
-        ('first', 'trace', frame, 'gradient, first tenth', -1),
-        ('slower', 'trace', frame, 'error at first', 1),
-        ('nearer', 'trace', frame, 'distance', -1),
-        ('last', 'trace', trained, 'gradient, last', 1),
-        ('loss', 'trace', frame, 'loss left', 1),
-        ('sharper', 'hessian', trained, 'top eigenvalue', 1),
-        ('connected', 'connect', trained, 'barrier', 1),
+def common_name(group):
+    """The parts that the names of all runs of a group have in common."""
+    names = [name.split('_') for name in group['name'].unique()]
+    return '_'.join(part for part in names[0] if all(part in name for name in names))
+
+
+def on_theory(theory):
+    """The verdicts on Section 3, which must hold in all cases."""
+    share, gains = theory['proposition_1'], theory['theorem_1']
+    points = [point for case in theory['theorem_2'] for point in case['points']]
+    most = max(point['share'] / point['bound'] for point in points)
+    best = gains['largest_violation']
+    optimal = best <= 0 < gains['smallest_improvement']
+    models, case = f'{theory["draws"]} models', theory['case']
+    for claim, where, holds, ours in (
+        (
+            'A linear model is robust up to one eps, and to no larger',
+            'Proposition 1',
+            share == 1,
+            f'so for {share:.1%} of {models}, {case}',
+        ),
+        (
+            'From eps = max abs(x) on, 0 is the best multiple of linear models',
+            'Theorem 1',
+            optimal,
+            f'the best multiple of {models}, {case}, gains {best:.2g}',
+        ),
+        (
+            'Large gradients are rarer than their bound',
+            'Theorem 2',
+            most < 1,
+            f'at most {most:.0%} of it in {len(points)} cases of logistic regression',
+        ),
     ):
-        table = by_seed(rows, 'eps', name)
-        if table.shape[1] > 1:
-            largest = data.show_eps(table.columns[-1], study.dataset)
-            rise = sign * (table.iloc[:, -1] - table.iloc[:, 0])
-            unit = 'pair' if claim == 'connected' else 'seed'
-            where = f'{study.experiment} to eps {largest}'
-            yield finding(claim, study.full[analysis], where, rise, unit)
-    for claim, name, sign in ('similar', 'cosine', -1), ('steeper', 'rise', 1):
-        along, random = (
-            trained.get(f'{name}, {direction}', np.nan) for direction in ('eigenvector', 'random')
-        )
-        table = by_seed(trained.assign(more=sign * (along - random)), 'eps', 'more')
-        if table.size:
-            yield finding(claim, study.full['similarity'], study.experiment, table.mean(axis=1))
-
-
-def of_rate(study):
-    """Findings on Figure 5 and C.2.3, at the seeds and learning rates that both schedules have."""
-    frame, full = study.frame, study.full['pgd']
-    eps = data.show_eps(frame['eps'].iloc[0], study.dataset)
-    constant = frame[frame['eps_sched'] == 'constant']
-    for lr_warmup, rows in constant.groupby('lr_warmup'):
-        for sched in 'linear', 'cosine':
-            growing = frame[(frame['eps_sched'] == sched) & (frame['lr_warmup'] == 0)]
-            a, b = by_seed(rows, 'lr', 'pgd').align(by_seed(growing, 'lr', 'pgd'), join='inner')
-            if not a.size:
-                continue
-            where = f'{study.experiment} ({sched} eps {eps}, rates: {a.shape[1]})'
-            stuck = len(a) if rows['untrained'].all() else 0
-            if lr_warmup:
-                more = 100 * (a - b).mean(axis=1)
-                yield finding('warm-up', full, where, more, untrained=stuck)
-            else:  # a rate is usable if fewer than half of the images are misclassified
-                more = (b < 0.5).sum(axis=1) - (a < 0.5).sum(axis=1)
-                yield finding('rates', full, where, more, untrained=stuck, count=True)
-
-
-def of_width(study):
-    """Findings on C.2.4, at the largest eps."""
-    frame = study.frame[study.frame['eps'] == study.frame['eps'].max()]
-    dead = (by_seed(frame, 'width', 'layers dead') > 0).astype(int)
-    if dead.shape[1] > 1:
-        more = dead.iloc[:, 0] - dead.iloc[:, -1]
-        yield finding('dead', study.full['dead'], study.experiment, more, count=True)
-
-
-def of_theory(theory):
-    """Findings on Section 3, which must hold in all cases."""
-    if theory:
-        gain, share = theory['theorem_1'], theory['proposition_1']
-        points = [point for case in theory['theorem_2'] for point in case['points']]
-        most = max(point['share'] / point['bound'] for point in points)
-        case, models, cases = theory['case'], f'{theory["draws"]} models', f'{len(points)} cases'
-        best = gain['largest_violation']
-        optimal = best <= 0 < gain['smallest_improvement']
-        for claim, experiment, holds, ours, n in (
-            ('proposition 1', case, share == 1, f'so for {share:.1%}', models),
-            ('theorem 1', case, optimal, f'the best multiple gains {best:.2g}', models),
-            ('theorem 2', 'logistic regression', most < 1, f'at most {most:.0%} of it', cases),
-        ):
-            verdict = 'holds' if holds else 'does not hold'
-            yield Finding(claim, True, experiment, verdict, ours, n)
-
-
-def table(findings):
-    """The table of claims.md: a row for each finding, or one for a claim without any."""
-    paper = PAPER.map(lambda cell: float(cell.split('(')[0])).reset_index()
-    paper = paper.assign(experiment='', seed=0, full=True, untrained=0)
-    paper[['eps_min', 'eps_max', 'periods']] = ''
-    papers = pd.DataFrame(of_table(gains(paper, ROW)), columns=Finding._fields)
-    theirs = papers['ours'].astype(float).groupby(papers['claim']).agg(['min', 'max'])
-    rows = []
-    for claim, (sentence, where) in CLAIMS.items():
-        if claim in theirs.index:
-            where = '{}: {} to {}'.format(where, *theirs.loc[claim])
-        own = [found for found in findings if found.claim == claim]
-        for _, full, experiment, verdict, ours, n in sorted(own, key=lambda found: not found.full):
-            size = "the paper's" if full else 'smaller'
-            rows.append((sentence, where, verdict, ours, n, experiment, size))
-        if not own:
-            rows.append((sentence, where, *[None] * 5))
-    return pd.DataFrame(rows, columns=COLUMNS)
+        verdict = 'holds' if holds else 'does not hold'
+        yield {'claim': claim, 'in the paper': where, 'verdict': verdict, 'ours': ours}

@@ -1,255 +1,395 @@
-"""The figures of the paper, from the runs of a study (see `pictures`).
+"""The figures of the paper, each for every group of runs that differ in eps, rate or width alone.
 
 Three seeds or more are a mean in a band of one standard deviation (of the logarithm on a log axis),
 fewer are a curve each. A user's matplotlibrc has no effect.
 """
 
-import operator
-import textwrap
-from functools import partial
+import io
 
 import matplotlib.style
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 import data
 from lib import record
+from paper.claims import common_name, comparisons, headline, interval, points_of
+from paper.results import FIVE, FOLLOW, PAPER, alike, comparable, first_and_last
+from paper.tables import control_groups
 
-STYLE = {'figure.constrained_layout.use': True, 'legend.frameon': False, 'font.size': 9}
-STYLE |= {'axes.spines.top': False, 'axes.spines.right': False, 'savefig.dpi': 150}
-LOSS, NORM = r'$L_\epsilon$', 'norm of the stochastic gradient'
-
-
-def draw(studies, theory, out):
-    """Draws all figures that the studies and theory.json suffice for; {file: what it shows}."""
-    shown = {}
-
-    def save(figure, stem, sentence, about):
-        while f'{stem}.png' in shown:  # of another study
-            stem += '_2'
-        shown[f'{stem}.png'] = f'{sentence} {about}.'
-        handles = figure.axes[0].get_legend_handles_labels()[0]
-        if handles:
-            figure.legend(handles=handles, loc='outside right center')
-        figure.suptitle(textwrap.fill(about, int(9 * figure.get_figwidth())), fontsize=10)
-        record.replace(out / f'{stem}.png', lambda file: figure.savefig(file, format='png'))
-
-    with matplotlib.style.context(['default', STYLE]):
-        for study in studies:
-            common = study.frame[['dataset', 'model', 'eps_sched']]
-            common = '_'.join(common.iloc[0][common.nunique() < 2])
-            for name, seen, groups, panels in pictures(study):
-                if groups:
-                    figure = planes(groups) if name == 'fig12' else curves(groups, panels)
-                    if name == 'fig2' and study.dataset != 'cifar10':
-                        name = 'fig8'
-                    save(figure, f'{name}_{common}', seen, title(study.runs))
-        if theory:
-            save(figure_1(theory), 'fig1', figure_1.__doc__, 'Figure 1')
-    return shown
+STYLE = {
+    'figure.constrained_layout.use': True,
+    'legend.frameon': False,
+    'font.size': 9,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'savefig.dpi': 150,
+}
+LOSS, GRADIENT, DISTANCE = r'$L_\epsilon$', 'gradient norm', r'$||\theta - \theta_0||$'
+NORMALIZED = '|eigenvalue| / mean random loss'
+LOG = GRADIENT, '|eigenvalue|', NORMALIZED, 'learning rate', 'width'
 
 
-def title(runs):
-    """The settings that all `runs` share, as a line."""
-    formats = {'model': '{}', 'width': 'width {}', 'n_train': '{} images', 'dataset': '{}'}
-    formats |= {'epochs': '{} epochs', 'optimizer': '{}', 'lr': 'lr {}', 'eps_sched': '{} eps'}
-    formats |= {'eps': 'eps {}'}
-    config, texts = runs[0].config, []
-    for k in formats:
-        if config.get(k) is not None and all(run.config[k] == config[k] for run in runs):
-            texts.append(formats[k].format(data.show(k, config[k], config['dataset'])))
-    return ', '.join(texts)
+def updates(end):
+    """The first (0) or last (1) updates of a run as a running mean, since batches differ."""
+
+    def rows(run):
+        window = max(1, run['n_updates'] // 40)
+        return first_and_last(run)[end].rolling(window, center=True).mean()
+
+    return rows
 
 
-def by_eps(runs, name):
-    """[(label, colour, runs)] for each eps at which runs have the result `name`."""
-    budgets = sorted({run.config['eps'] for run in runs})
-    groups = []
-    for i, eps in enumerate(budgets):
-        own = [run for run in runs if run.config['eps'] == eps and getattr(run, name)]
-        untrained = sum(run.untrained for run in own)
-        label = f'eps {data.show_eps(eps, runs[0].config["dataset"])}'
-        if untrained:
-            label += f'\n({untrained} of {len(own)} constant)'
-        if own:
-            groups.append((label, colormaps['viridis'](0.9 * i / len(budgets)), own))
-    return groups
+def eigenvalues(run):
+    """The eigenvalues that have converged, the largest first."""
+    eigen, scale = run['hessian']['eigen'], np.mean(run['hessian']['random_losses'])
+    values = pd.Series(eigen['values']).abs().where(eigen['converged'])
+    return pd.DataFrame({'rank': values.index + 1, 'value': values, 'normalized': values / scale})
 
 
-def by_column(frame, group, x, *needed):
-    """[(label, colour, rows over x of each seed)] for each value in the column `group`."""
-    groups = []
-    for i, (label, rows) in enumerate(frame.dropna(subset=needed).groupby(group)):
-        groups.append((label, f'C{i}', [own.set_index(x) for _, own in rows.groupby('seed')]))
-    return groups
+def points(result, **where):
+    """The points of a result that have the values in `where`."""
+    return lambda run: [point for point in run[result]['points'] if where.items() <= point.items()]
 
 
-def curves(groups, panels):
-    """A figure with the curves of `groups`, (label, colour, runs), in each panel.
+# a curve: the title of its x, the name of x, the rows of a run, and what tells it from another
+FIRST = 'first updates', 'step', updates(0), ''
+LAST = 'last updates', 'step', updates(1), ''
+RANK = 'rank', 'rank', eigenvalues, ''
+RANDOM = 'a', 'a', points('similarity', direction='random'), ', random'
+TOP = 'a', 'a', points('similarity', direction='eigenvector'), ', top eigenvector'
+EPOCHS = 'epoch', 'epoch', lambda run: run['log'], ''
+CURVE = 't', 't', points('connect', path='bezier'), ', curve'
+LINE = 't', 't', points('connect', path='line'), ', straight line'
 
-    A panel: x label, y label, y scale and functions, run -> Series over x, the second dashed.
-    """
-    figure = Figure(figsize=(3.6 * len(panels) + 1.8, 3.4))
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, (xlabel, ylabel, yscale, *lines) in zip(axes, panels):
-        ax.set(xlabel=xlabel, ylabel=ylabel, yscale=yscale)
-        ax.set_xscale('log' if xlabel in ('learning rate', 'width') else 'linear')
-        for style, line in zip(('-', '--'), lines):
-            for i, (label, color, runs) in enumerate(groups):
-                label += f', n = {len(runs)}' + (', dashed' if style == '--' else '')
-                table = pd.concat(map(line, runs), axis=1).sort_index()
-                look = {'color': color, 'ls': style, 'label': label}
-                if len(table) < 25:
-                    look |= {'marker': 'o', 'ms': 3}
-                if xlabel == 'width':  # equal values are rings around each other
-                    look['ms'] = 3 + 3 * (len(groups) - i)
-                    ax.set_xticks(table.index, table.index)
-                    ax.minorticks_off()
-                plot(ax, table, look)
-    return figure
-
-
-def plot(ax, table, look):
-    """The columns of `table`: one or two as a curve each, more as a mean in a band of one standard
-    deviation, of the logarithm on a log axis."""
-    if len(table.columns) < 3:
-        for _, series in table.items():
-            ax.plot(series.dropna(), **look)
-            look['label'] = None  # the legend has it already
-        return
-    values, back = (np.log(table), np.exp) if ax.get_yscale() == 'log' else (table, np.array)
-    mean, half = values.mean(axis=1), values.std(axis=1)
-    ax.plot(table.index, back(mean), **look)
-    ends = back(mean - half), back(mean + half)
-    ax.fill_between(table.index, *ends, color=look['color'], alpha=0.2, lw=0)
-
-
-def planes(groups):
-    """Figure 12: the loss of the first run at each eps in the plane of two directions, on one
-    scale. Planes of several runs have no mean."""
-    figure = Figure(figsize=(3.4 * len(groups) + 1, 3.4))
-    points = [pd.DataFrame(own[0].surface['points']) for *_, own in groups]
-    levels = np.linspace(0, max(table['loss'].max() for table in points), 25)
-    axes = figure.subplots(1, len(groups), squeeze=False)[0]
-    for ax, (label, *_), table in zip(axes, groups, points):
-        filled = ax.tricontourf(table['a'], table['b'], table['loss'], levels=levels)
-        ax.set(xlabel='a', ylabel='b', title=label.split('\n')[0])
-    figure.colorbar(filled, ax=figure.axes, label=LOSS)
-    return figure
-
-
-def column(rows, index, key, **where):
-    """The values at `key` over those at `index`, as a Series, of the dicts `rows` with `where`."""
-    rows = [row for row in rows if where.items() <= row.items()]
-    return pd.DataFrame(rows, columns=[index, key]).set_index(index)[key].astype(float)
-
-
-def trace(key, last=False):
-    """The first or the last updates as a running mean, since batches differ."""
-
-    def curve(run):
-        n, rows = run.trace['n'], run.trace['rows']
-        series = column(rows[-n:] if last else rows[:n], 'step', key)
-        return series.rolling(max(1, n // 40), center=True).mean().dropna()
-
-    return curve
-
-
-def eigenvalues(run, scaled=False):
-    """Magnitudes of the eigenvalues that have converged, as they are or `scaled` by L_eps."""
-    eigen = run.hessian['eigen']
-    scale = np.mean(run.hessian['random_losses']) if scaled else 1
-    values = pd.Series(eigen['values'], range(1, len(eigen['values']) + 1)).abs() / scale
-    return values.where(eigen['converged'])
-
-
-def similarity(key):
-    directions = 'random', 'eigenvector'
-    return [
-        lambda run, d=d: column(run.similarity['points'], 'a', key, direction=d) for d in directions
-    ]
-
-
-def path(key):
-    """On the curve between two runs, and on the straight line."""
-    return [
-        lambda run: column(run.connect['points'], 't', key, path=run.connect['curve']),
-        lambda run: column(run.connect['points'], 't', key, path='line'),
-    ]
-
-
-# picture: what is to be seen, the result that it needs, and its panels
-BUDGET = {
+# a figure of runs that differ in eps: what it shows, the result that it needs, and its panels:
+# title of y, its name, and one curve or two
+OF_EPS = {
     'fig2': (
-        'The first and last updates at each eps.',
-        'trace',
-        ('first updates', NORM, 'log', trace('grad_norm')),
-        ('first updates', 'robust training error', 'linear', trace('robust_error')),
-        ('first updates', r'$||\theta - \theta_0||$', 'linear', trace('distance')),
-        ('last updates', NORM, 'log', trace('grad_norm', last=True)),
+        'The first and last updates at each eps (Figure 8 for MNIST).',
+        'updates',
+        (GRADIENT, 'grad_norm', FIRST),
+        ('robust training error', 'robust_error', FIRST),
+        (DISTANCE, 'distance', FIRST),
+        (GRADIENT, 'grad_norm', LAST),
     ),
     'fig3': (
         'Eigenvalues of the Hessian at each eps, the largest first.',
         'hessian',
-        ('rank', '|eigenvalue| / mean random loss', 'log', partial(eigenvalues, scaled=True)),
-        ('rank', '|eigenvalue|', 'log', eigenvalues),
+        (NORMALIZED, 'normalized', RANK),
+        ('|eigenvalue|', 'value', RANK),
     ),
     'fig4': (
-        'Perturbations at theta + a v and theta - a v, and robust errors there; v is the top '
-        'eigenvector (dashed) or random.',
+        'How alike perturbations at theta + a v and theta - a v are, and robust errors there; v is '
+        'the top eigenvector or a random direction.',
         'similarity',
-        ('a', 'cosine', 'linear', *similarity('cosine')),
-        ('a', 'robust error', 'linear', *similarity('robust_error')),
+        ('cosine', 'cosine', RANDOM, TOP),
+        ('robust error', 'robust_error', RANDOM, TOP),
     ),
-    'fig11': (
-        'The loss on the training set.',
-        'log',
-        ('epoch', LOSS, 'linear', lambda run: column(run.log, 'epoch', 'loss')),
-    ),
+    'fig11': ('The loss on the training set.', 'log', (LOSS, 'loss', EPOCHS)),
     'c25': (
-        'The loss between two runs, on a trained curve and on the straight line (dashed).',
+        'The loss between two runs, on a trained curve and on the straight line.',
         'connect',
-        ('t', LOSS, 'linear', *path('loss')),
-        ('t', 'robust error', 'linear', *path('robust_error')),
+        (LOSS, 'loss', CURVE, LINE),
+        ('robust error', 'robust_error', CURVE, LINE),
     ),
-    'fig12': ('The loss in the plane of the top two eigenvectors.', 'surface'),
 }
+FIG_12 = 'The loss in the plane of the top two eigenvectors, of the first seed.'
+FIG_5 = 'Robust errors over the learning rate, of schedules of eps and of the learning rate.'
+C24 = 'Shares of units that no training image activates. No dot: not measured.'
+PERIODS = (
+    'Periods restart eps and the learning rate. Left: robust errors of one run and of a periodic '
+)
+PERIODS += (
+    'one, and their ensemble. Right: points of robust error that are gained over the last epoch '
+)
+PERIODS += (
+    'of one run, with 95 % intervals over seeds; hollow: in the paper, by the mean of five attacks.'
+)
+FIG_1 = 'The larger eps, the sharper the kink of the loss at theta = 0.'
+CURVES = (
+    'Learning curves: robust errors on training images at the scheduled eps, on test images at '
+)
+CURVES += 'the target, and clean ones.'
 
 
-def pictures(study):
-    """(name, what is to be seen, groups, panels) of each picture of a study."""
-    frame = study.frame
-    if study.kind == 'budget':
-        for name, (seen, result, *panels) in BUDGET.items():
-            yield name, seen, by_eps(study.runs, result), panels
-    elif study.kind == 'rate':
-        line = operator.itemgetter('pgd')
-        panels = [('learning rate', 'robust test error (PGD)', 'linear', line)]
-        warm = frame['schedule'].str.startswith('lr')
-        groups = by_column(frame[~warm], 'schedule', 'lr', 'pgd')
-        yield 'fig5', 'Robust errors of schedules of eps over the learning rate.', groups, panels
-        groups = by_column(frame, 'schedule', 'lr', 'pgd') if warm.any() else []
-        yield 'c23', 'The same, with warm-ups of the learning rate.', groups, panels
-    else:
-        dead = [name for name in frame if name.startswith('dead ')]
-        panels = [('width', name, 'linear', operator.itemgetter(name)) for name in dead]
-        budgets = [f'eps {data.show_eps(eps, study.dataset)}' for eps in frame['eps']]
-        frame = frame.assign(budget=budgets)
-        groups = by_column(frame, 'budget', 'width', *dead) if dead else []
-        seen = 'Shares of units that no training image activates. No dot: not measured.'
-        yield 'c24', seen, groups, panels
+def draw(results, theory, out):
+    """Draws what there are runs for into the folder `out`: {file: what it shows}."""
+    drawn = {}
+    with matplotlib.style.context(['default', STYLE]):
+        for name, shows, figure in figures(results, theory):
+            file, buffer = f'{name}.png', io.BytesIO()
+            figure.savefig(buffer, format='png')
+            record.replace(out / file, lambda f, content=buffer: f.write(content.getbuffer()))
+            drawn[file] = shows
+    return drawn
+
+
+def figures(results, theory):
+    """Name, what it shows, and the figure itself, of each figure that there are runs for."""
+    runs, settings = results.runs, results.settings
+    trained = runs[runs['log'].map(bool).astype(bool)]
+    periods = [pairs for setting, pairs in comparisons(results) if setting == 'periodic']
+    if periods:
+        yield 'periods', PERIODS, figure_of_periods(results, periods)
+    for group in alike(trained, settings, ('eps', *FOLLOW['eps'])):
+        if group['eps'].nunique() >= 3:  # two make no trend
+            yield from figures_of_eps(comparable(group), common_name(group))
+    for group in alike(runs, settings, ('lr', *FOLLOW['lr'])):
+        group = comparable(group)
+        group = group[group['pgd'].notna()]
+        group = group.assign(
+            error=[result['error'] for result in group['pgd']],
+            schedule=group['eps_sched'] + np.where(group['lr_warmup'] > 0, ', lr warm-up', ''),
+        )
+        if group['lr'].nunique() > 1:
+            panel = 'robust test error (PGD)', 'error', ('learning rate', 'lr', None, '')
+            yield f'fig5_{common_name(group)}', FIG_5, panels(group, 'schedule', [panel])
+    for group in alike(trained, settings, ('width', 'eps', *FOLLOW['eps'])):
+        group = comparable(group)
+        group = group[group['dead'].notna()]
+        if group['width'].nunique() > 1:
+            yield f'c24_{common_name(group)}', C24, dead_units(group)
+    for group in alike(trained, ['dataset', 'model']):
+        name = f'curves_{group["dataset"].iloc[0]}_{group["model"].iloc[0]}'
+        yield name, CURVES, learning_curves(alike(group, settings))
+    if theory:
+        yield 'fig1', FIG_1, figure_1(theory)
+
+
+def figures_of_eps(group, title):
+    """The figures of Section 4, of runs that differ in eps."""
+    for name, (shows, result, *panel_list) in OF_EPS.items():
+        measured = group[group[result].map(bool)]
+        if len(measured):
+            is_fig_8 = name == 'fig2' and measured['dataset'].iloc[0] != 'cifar10'
+            yield (
+                f'{"fig8" if is_fig_8 else name}_{title}',
+                shows,
+                panels(measured, 'eps', panel_list),
+            )
+    measured = group[group['surface'].map(bool)]
+    if len(measured):
+        yield f'fig12_{title}', FIG_12, planes(measured)
+
+
+def panels(runs, column, panel_list):
+    """A figure with panels, in which each value of a column of the runs has its colour."""
+    figure = Figure(figsize=(3.6 * len(panel_list) + 2.4, 3.4))
+    axes = figure.subplots(1, len(panel_list), squeeze=False)[0]
+    values = sorted(runs[column].unique())
+    for ax, (ylabel, y, *curves) in zip(axes, panel_list):
+        ax.set(xlabel=curves[0][0], ylabel=ylabel)
+        ax.set_xscale('log' if curves[0][0] in LOG else 'linear')
+        ax.set_yscale('log' if ylabel in LOG else 'linear')
+        for (_, x, rows, kind), style in zip(curves, ('-', '--')):
+            for i, value in enumerate(values):
+                ours = runs[runs[column] == value]
+                color = colormaps['viridis'](0.9 * i / len(values))
+                plot(ax, over(ours, x, y, rows), label(value, ours, kind), color=color, ls=style)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center')
+    figure.suptitle(common_name(runs))
+    return figure
+
+
+def over(runs, x, y, rows=None):
+    """y over x with a column for each seed: of the rows(run) of each run, or of the runs."""
+    if rows is None:
+        return runs.pivot_table(y, x, 'seed')
+    frames = [pd.DataFrame(rows(run)).set_index(x)[y] for run in runs.to_dict('records')]
+    return pd.concat(frames, axis=1).sort_index()
+
+
+def label(value, runs, kind=''):
+    """A value of eps or of the schedule in the legend, with the number of runs."""
+    text = value
+    if not isinstance(value, str):
+        text = f'eps {data.show_eps(value, runs["dataset"].iloc[0])}'
+    constant = int((runs['constant'] == 'yes').sum())
+    n = runs['seed'].nunique()
+    return f'{text}{kind}, n = {n}' + (f'\n({constant} runs constant)' if constant else '')
+
+
+def plot(ax, table, label, **look):
+    """The columns of a table: one or two as a curve each, more as a mean in a band. Errors, shares
+    and cosines stay within [0, 1]."""
+    if len(table) < 25:
+        look |= {'marker': 'o', 'ms': look.get('ms', 3)}
+    if table.shape[1] < 3:
+        for _, column in table.items():
+            ax.plot(column.dropna(), label=label, **look)
+            label = None  # the legend has it already
+        return
+    values, back = (np.log(table), np.exp) if ax.get_yscale() == 'log' else (table, np.array)
+    mean, half = values.mean(axis=1), values.std(axis=1)
+    low, high = back(mean - half), back(mean + half)
+    if ax.get_ylabel() not in LOG and table.max(axis=None) <= 1:
+        low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
+    ax.plot(table.index, back(mean), label=label, **look)
+    ax.fill_between(table.index, low, high, color=look['color'], alpha=0.2, lw=0)
+
+
+def dead_units(runs):
+    """C.2.4: the share of dead units in each layer over the width; equal values are rings around
+    each other."""
+    shares = [
+        {f'dead in {layer["layer"]}': layer['share'] for layer in result['layers']}
+        for result in runs['dead']
+    ]
+    shares = pd.DataFrame(shares, index=runs.index)
+    figure = Figure(figsize=(3.2 * shares.shape[1] + 2, 3.4))
+    axes = figure.subplots(1, shares.shape[1], squeeze=False)[0]
+    budgets = sorted(runs['eps'].unique())
+    for ax, layer in zip(axes, shares):
+        ax.set(xlabel='width', ylabel=layer, xscale='log')
+        for i, eps in enumerate(budgets):
+            ours = runs[runs['eps'] == eps].join(shares[layer])
+            look = {'color': f'C{i}', 'ms': 3 * (len(budgets) - i)}
+            plot(ax, over(ours, 'width', layer), label(eps, ours), **look)
+        ax.set_xticks(sorted(runs['width'].unique()), sorted(runs['width'].unique()))
+        ax.minorticks_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center')
+    figure.suptitle(common_name(runs))
+    return figure
+
+
+def learning_curves(groups):
+    """A panel for each group of runs that differ in the seed alone."""
+    n_columns = min(3, len(groups))
+    n_rows = -(-len(groups) // n_columns)
+    figure = Figure(figsize=(3.4 * n_columns + 1.6, 2.3 * n_rows + 0.6))
+    axes = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).ravel()
+    for ax, runs in zip(axes, groups):
+        errors_over_epochs(ax, runs)
+        ax.set_title(f'{runs["name"].iloc[0]}\n{label("", runs)[2:]}', fontsize=7)
+    for ax in axes[len(groups) :]:
+        ax.set_axis_off()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center')
+    return figure
+
+
+def errors_over_epochs(ax, runs):
+    """Robust errors on training and test images, and clean ones, over the epochs."""
+    ax.set(xlabel='epoch', ylabel='error', ylim=(0, 1))
+    kinds = {
+        'train_robust_error': 'robust, training',
+        'robust_error': 'robust, test',
+        'clean_error': 'clean, test',
+    }
+    for i, (name, text) in enumerate(kinds.items()):
+        table = over(runs, 'epoch', name, lambda run: run['log']).astype(float).dropna(how='all')
+        plot(ax, table, text, color=f'C{i}', marker='')
+
+
+def figure_of_periods(results, periods):
+    """What periods do to one cell, that of the most seeds, and what they gain in all."""
+    pairs = max(periods, key=len)
+    figure = Figure(figsize=(10, 0.22 * len(periods) + 4.2))
+    axes = figure.subplot_mosaic('AB;CB', height_ratios=(3, 1))
+    top, gains, below = axes['A'], axes['B'], axes['C']
+    runs = results.runs
+    for i, suffix in enumerate((' before', '')):
+        ours = runs[
+            (runs['name'] == pairs[f'name{suffix}'].iloc[0]) & runs['seed'].isin(pairs['seed'])
+        ]
+        kind = 'three periods' if not suffix else 'one run'
+        for name, text, style in (('train', 'training', ':'), ('', 'test', '-')):
+            error = 'train_robust_error' if name else 'robust_error'
+            table = over(ours, 'epoch', error, lambda run: run['log']).astype(float)
+            plot(top, table, f'{kind}, {text}', color=f'C{i}', ls=style, marker='')
+        log = pd.DataFrame(ours.iloc[0]['log']).set_index('epoch')
+        below.step(log.index, log['eps'] / log['eps'].max(), f'C{i}', where='mid')
+        below.step(log.index, log['lr'] / log['lr'].max(), f'C{i}', ls='--', where='mid')
+    ends = {'one run at the end': 'PGD before', 'the ensemble of periods': 'PGD'}
+    for color, (text, error) in zip(('C0', 'C1'), ends.items()):
+        text += f', {pairs["test images"].iloc[0]} images'
+        top.axhline(pairs[error].mean() / 100, color=color, ls='-.', lw=1, label=text)
+    top.set(ylabel='robust error (PGD)', title=f'{pairs["name before"].iloc[0]}, n = {len(pairs)}')
+    top.legend(fontsize=7)
+    below.set(xlabel='epoch', ylabel='share', yscale='linear')
+    below.plot([], [], 'k', label='eps')
+    below.plot([], [], 'k--', label='lr')
+    below.legend()
+    forest(gains, gains_of_periods(periods) + gains_of_controls(results))
+    return figure
+
+
+def gains_of_periods(periods):
+    """(label, points gained for each seed, the paper's gain or None) in each cell."""
+    rows = []
+    paper = PAPER[FIVE].map(lambda cell: float(cell.split('(')[0])).mean(axis=1)
+    for pairs in periods:
+        dataset, model, sched = pairs[['dataset', 'model', 'eps_sched']].iloc[0]
+        cell = [(dataset, model, periodic, sched) for periodic in ('no', 'yes')]
+        in_paper = paper[cell[0]] - paper[cell[1]] if set(cell) <= set(paper.index) else None
+        label = f'PAS: {dataset} {model}, {sched} eps'
+        rows.append((label, points_of(pairs, headline(pairs)), in_paper))
+    return rows
+
+
+def gains_of_controls(results):
+    """The same of the controls, over the last epoch of one run."""
+    rows = []
+    for first, controls in control_groups(results):
+        errors = {
+            label: evaluations['two attacks'] for label, (*_, evaluations) in controls.items()
+        }
+        plain = [error for label, error in errors.items() if label.startswith('A')]
+        for label, error in errors.items():
+            points = (plain[0] - error).dropna() if plain else ()
+            if len(points) and not label.startswith('A'):
+                rows.append((f'{label} ({first["model"]}, {first["eps_sched"]})', points, None))
+    return rows
+
+
+def forest(ax, rows):
+    """A line for each of `rows`, (label, values, the paper's value or None), the first on top."""
+    ax.axvline(0, color='0.7', lw=1)
+    for y, (_, values, in_paper) in enumerate(rows):
+        mean, low, high, _ = interval(values)
+        ax.plot(mean, y, 'o', color='C1', ms=4)
+        if np.isfinite(low):
+            ax.plot([low, high], [y, y], color='C1')
+        if in_paper is not None:
+            ax.plot(in_paper, y, 'o', color='0.3', mfc='none')
+    ax.set_yticks(range(len(rows)), [f'{label}, n = {len(values)}' for label, values, _ in rows])
+    ax.invert_yaxis()
+    ax.set(xlabel='points of robust error gained')
+
+
+def planes(runs):
+    """The loss of the first run at each eps in the plane of two directions, on one scale."""
+    firsts = runs.sort_values(['eps', 'seed']).drop_duplicates('eps').to_dict('records')
+    tables = [pd.DataFrame(run['surface']['points']) for run in firsts]
+    losses = pd.concat(tables)['loss']
+    least = max(losses.min(), losses.max() / 1000)
+    levels = np.geomspace(least, losses.max(), 19)  # close in the valley, wide on the slopes
+    figure = Figure(figsize=(3.4 * len(firsts) + 1, 3.4))
+    axes = figure.subplots(1, len(firsts), squeeze=False, sharey=True)[0]
+    for ax, run, table in zip(axes, firsts, tables):
+        heights = table['loss'].clip(lower=least)
+        filled = ax.tricontourf(table['a'], table['b'], heights, levels=levels, norm=LogNorm())
+        ax.set(xlabel='a', ylabel='b', title=f'eps {data.show_eps(run["eps"], run["dataset"])}')
+    ticks = levels[::3]
+    bar = figure.colorbar(filled, ax=figure.axes, label=LOSS, ticks=ticks)
+    bar.ax.set_yticklabels([f'{tick:.2g}' for tick in ticks])
+    bar.ax.minorticks_off()
+    figure.suptitle(common_name(runs))
+    return figure
 
 
 def figure_1(theory):
-    """The larger eps, the sharper the kink of the adversarial loss g_eps at 0."""
+    """The loss g(x, theta) of a point and the largest loss in the ball around it, over theta."""
     figure = Figure(figsize=(9, 3))
     theta, curves = np.array(theory['figure_1']['theta']), theory['figure_1']['curves']
-    for ax, eps in zip(figure.subplots(1, 2), ('0.6', '1.2')):
+    axes = figure.subplots(1, 2)
+    for ax, eps in zip(axes, ('0.6', '1.2')):
         least = np.logaddexp(0, theta * (1 - float(eps) * np.sign(theta)))
         ax.fill_between(theta, least, curves[eps], alpha=0.3, label=r"$g(x', \theta)$")
         ax.plot(theta, curves['0'], '--', label=r'$g(x, \theta)$')
         ax.plot(theta, curves[eps], label=r'$g_\epsilon(x, \theta)$')
         ax.set(xlabel=r'$\theta$', ylabel='loss', title=f'eps {eps}')
+    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center')
     return figure

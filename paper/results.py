@@ -1,0 +1,330 @@
+"""What was measured, as two frames: a row for each run, and a row for each evaluation."""
+
+import pathlib
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+import attack
+import data
+import train
+from lib import record
+
+ROW = ['dataset', 'model', 'periodic', 'eps_sched']  # what names a row of Table 1
+PAPER = pd.read_csv(pathlib.Path(__file__).with_name('table1.txt'), sep=r'\s+', index_col=ROW)
+FIVE = [title for title in PAPER if title != 'clean']  # its attacks
+ATTACKS = {  # and their settings that are not those of training
+    'pgd': {},
+    'pgd100': {'n_iter': 100},
+    'apgd100_ce': {'n_iter': 100, 'n_restarts': 5},
+    'apgd100_dlr': {'n_iter': 100, 'n_restarts': 5},
+    'square5k': {'n_queries': 5000},
+}
+ANALYSES = 'hessian', 'similarity', 'surface', 'connect', 'dead'
+NO_SETTINGS = {'seed', 'trace', 'n_eval', 'provenance'}  # the luck of the draw, and logging
+STUDIED = {'eps', 'eps_max', 'step_size', 'n_iter', 'lr', 'lr_warmup', 'width', 'precision'}
+# the settings that change along with one
+FOLLOW = {
+    'eps_sched': ['eps_min', 'eps_max'],
+    'periodic': ['periods'],
+    'model': [],
+    'eps': ['eps_max', 'step_size', 'n_iter'],
+    'lr': ['lr_warmup', 'eps_sched', 'eps_min', 'eps_max'],
+    'width': [],
+}
+# how an evaluation was made
+CONDITIONS = ['weights', 'member', 'test images', 'attack seed', 'attack precision']
+CONDITIONS += ['attacks', 'test data']
+UNKNOWN = '—'
+
+
+@dataclass
+class Results:
+    """All that a report is made from."""
+
+    runs: pd.DataFrame  # a row for each run: its settings, log, and results of analyses
+    evaluations: pd.DataFrame  # settings of the run, CONDITIONS and errors, in percent
+    ensembles: pd.DataFrame  # a row for each ensemble in evals/
+    settings: list  # the columns that say how a run was trained
+    errors: list  # the columns of errors
+    left_out: list  # sentences about what is in no table
+    sessions: list  # the provenance of all of it
+
+
+def collect(paths):
+    """The Results of the runs in `paths`. ValueError, naming the file, where one is damaged."""
+    defaults, left_out = train.config_of([]), []
+    folders = [path for path in record.find_runs(paths) if path.is_dir()]
+    runs = [read(folder, defaults, left_out) for folder in folders]
+    sessions = [session for run in runs for session in run['sessions']]
+    settings = dict.fromkeys(
+        name for config in (defaults, *(r['config'] for r in runs)) for name in config
+    )
+    settings = ['periodic', *(name for name in settings if name not in NO_SETTINGS)]
+    for run in runs:
+        run |= {name: run.get(name, UNKNOWN) for name in settings}
+    runs = distinct([run for run in runs if run['finished'] or run['diverged']], settings)
+    same_data(runs, 'data')
+    evaluations = [run | row for run in runs for row in run['evaluations']]
+    same_data(evaluations, 'test data')
+    evaluations += diverged(runs, evaluations, settings)
+    titles = dict.fromkeys(name for row in evaluations for name in row['errors'])
+    last = ['worst case', 'two attacks', 'AutoAttack']
+    errors = [*dict.fromkeys([*PAPER, *(name for name in titles if name not in last)]), *last]
+    about = ['name', 'seed', 'differs', 'constant', 'diverged', 'minutes', 'gib', 'overfitting']
+    columns = [*about, 'full', *settings, *CONDITIONS, *errors]
+    evaluations = pd.DataFrame([row | row['errors'] for row in evaluations], columns=columns)
+    evaluations = evaluations.astype(dict.fromkeys(errors, float) | {'full': bool})
+    runs = pd.DataFrame(runs, columns=None if runs else [*settings, 'name', 'seed', 'log'])
+    return Results(runs, evaluations, ensembles(left_out), settings, errors, left_out, sessions)
+
+
+def alike(frame, settings, but=()):
+    """The groups of rows that agree in all `settings` but those in `but`."""
+    same = [name for name in settings if name not in but]
+    return [group for _, group in frame.groupby(same, dropna=False, sort=False)]
+
+
+def comparable(group):
+    """A group of runs with what can be compared of them: results on as many images as the most, as
+    many first and last updates and the same points of similarity for all."""
+    runs = [dict(run) for run in group.to_dict('records')]
+    for name in ('pgd', *ANALYSES):
+        most = max((run[name]['n'] for run in runs if run[name]), default=0)
+        for run in runs:
+            if run[name] and run[name]['n'] < most:
+                run[name] = None
+            if run['diverged'] and name == 'pgd':
+                run['pgd'] = {'n': most, 'error': 1.0}  # always wrong
+    n_updates = min((run['n_updates'] for run in runs if run['updates']), default=0)
+    shared = [
+        {point['a'] for point in run['similarity']['points']} for run in runs if run['similarity']
+    ]
+    shared = set.intersection(*shared) if shared else set()
+    connected = set()
+    for run in runs:
+        run['n_updates'] = n_updates
+        if run['similarity']:
+            points = [point for point in run['similarity']['points'] if point['a'] in shared]
+            run['similarity'] = {**run['similarity'], 'points': points}
+        if run['connect']:  # pairs that share a run are not independent
+            pair = {run['connect']['digest'], run['connect']['other']}
+            if pair & connected:
+                run['connect'] = None
+            connected |= pair
+    return pd.DataFrame(runs, index=group.index)
+
+
+def first_and_last(run):
+    """The first and the last updates that a run has logged, two frames."""
+    updates = pd.DataFrame(run['updates'])
+    return updates[: run['n_updates']], updates[-run['n_updates'] :]
+
+
+def read(folder, defaults, left_out):
+    """What was measured on the run in `folder`, name -> value, None where nothing was."""
+
+    def load(pattern):
+        return [(path, record.load(path)) for path in sorted(folder.glob(pattern))]
+
+    config = defaults | record.load_config(folder)
+    log = [row for _, rows in load('log.jsonl') for row in rows]
+    digests = {  # of the models at the ends of periods
+        weights: [row[key] for row in log if key in row]
+        for weights, key in (('last', 'digest'), ('best', 'best_digest'), ('ema', 'ema_digest'))
+    }
+    run = {name: value for name, value in config.items() if value is not None}
+    run |= {name: data.show(name, run[name], '') for name in run if isinstance(run[name], list)}
+    run |= {
+        'path': folder,
+        'name': folder.name.removesuffix(f'_s{config["seed"]}'),  # of all seeds
+        'config': config,
+        'sessions': list(config.get('provenance', [])),
+        'digests': digests,
+        'periodic': 'yes' if len(config['periods']) > 1 else 'no',
+        'diverged': (folder / 'diverged.json').exists(),
+        'finished': len(digests['last']) == len(config['periods']),
+        'evaluations': [],
+        'constant': 'yes',  # a diverged run is as bad as a constant classifier
+        'minutes': sum(epoch['seconds'] for epoch in log) / 60,
+        'gib': max((epoch.get('gib', np.nan) for epoch in log), default=np.nan),
+        'overfitting': np.nan,
+        **dict.fromkeys(('updates', 'n_updates', 'pgd', *ANALYSES)),
+    }
+    differs = differences(config, run['periodic'])
+    row = config['dataset'], config['model'], run['periodic'], config['eps_sched']
+    run['differs'] = data.show_settings(differs, config)
+    run['of the paper'] = row in PAPER.index and STUDIED.issuperset(differs)
+    run['log'] = log if run['finished'] else []
+    if not run['finished']:
+        if not run['diverged']:
+            left_out.append(f'{folder} is not finished')
+        return run
+    run['updates'] = [row for _, rows in load('trace.jsonl') for row in rows]
+    run['n_updates'] = min(config['trace'] or 0, max(1, len(run['updates']) // 2))
+    for name in ANALYSES:  # of the last model, at the run's eps, on the most images
+        wanted = {'digest': digests['last'][-1], 'eps': config['eps'], 'complete': True}
+        analyses = [result for _, result in load(f'{name}*.json')]
+        analyses = [result for result in analyses if wanted.items() <= result.items()]
+        run[name] = max(analyses, key=lambda result: result['n'], default=None)
+    ends = [row.get('predicted_classes') for row in log if 'digest' in row]
+    run['constant'] = constant([*ends, run['dead'] and run['dead']['predicted_classes']])
+    last = [epoch for epoch in log[-5:] if epoch['eps'] == config['eps']]
+    last = pd.DataFrame(last, columns=['robust_error', 'train_robust_error'], dtype=float).mean()
+    run['overfitting'] = 100 * (last['robust_error'] - last['train_robust_error'])
+    in_table_1 = row in PAPER.index and set(differs) <= {'precision'}
+    run['evaluations'] = evaluate(load('evaluate*.json'), run, in_table_1, left_out)
+    pgd = [
+        {'n': row['test images'], 'error': row['errors']['PGD'] / 100}
+        for row in run['evaluations']
+        if 'PGD' in row['errors'] and (row['weights'], row['member']) == ('last', 'all')
+    ]
+    run['pgd'] = max(pgd, key=lambda result: result['n'], default=None)
+    if not run['evaluations'] and not any(run[name] for name in ('updates', *ANALYSES)):
+        left_out.append(f'{folder} is trained, but not evaluated')
+    return run
+
+
+def constant(counts):
+    """Whether one of the models that predict so many classes is a constant classifier."""
+    if 1 in counts:
+        return 'yes'
+    return 'no' if any(counts) else 'unknown'
+
+
+def differences(config, periodic):
+    """The settings in which a run is not the paper's for its dataset, network and schedule, but for
+    those that follow from its eps and epochs."""
+    flags = ['--dataset', config['dataset'], '--model', config['model']]
+    flags += ['--eps-sched', config['eps_sched'], *['--periodic'] * (periodic == 'yes')]
+    paper = train.config_of(flags)
+    given = ['--eps', repr(config['eps']), '--epochs', str(config['epochs'])]
+    expected = train.config_of([*flags, *given])
+    expected |= {name: paper[name] for name in ('eps', 'epochs')}
+    names = [name for name in config if name not in NO_SETTINGS | {'data'}]
+    return [name for name in names if config[name] != expected.get(name)]
+
+
+def evaluate(files, run, in_table_1, left_out):
+    """Rows of the evaluations of a run: CONDITIONS, errors in percent, with AutoAttack's as one of
+    them, and whether all is as in the paper's Table 1 (full)."""
+    rows = {}
+    for path, result in files:
+        weights, member = result.get('weights', 'last'), result.get('member')
+        digests = run['digests'][weights]
+        if sorted(result['digests']) != sorted(digests[member - 1 : member] if member else digests):
+            left_out.append(f'{path} is of weights that the run no longer has')
+            continue
+        if result['eps'] != run['eps']:
+            left_out.append(f'{path} is at another eps than the run')
+            continue
+        key = weights, member or 'all', result['n'], result['seed']
+        key += result.get('precision', 'fp32'), UNKNOWN, str(result.get('data', UNKNOWN))
+        row = rows.setdefault(key, dict(zip(CONDITIONS, key)) | {'errors': {}, 'full': False})
+        classes = [result.get('predicted_classes'), *result.get('members_predicted_classes', [])]
+        if weights == 'last' and not any(classes):
+            row['constant'] = run['constant']
+        else:
+            row['constant'] = constant(classes)
+        run['sessions'] += result['provenance']
+        columns = result['columns']
+        if result.get('standard'):
+            row['errors'] |= standard_errors(columns)
+            continue
+        row['errors'] |= errors_of(columns)
+        attacks = {key: columns[key]['settings'] for key in columns.keys() - {'clean', 'worst'}}
+        row['attacks'] = str(sorted(attacks.items()))
+        if ATTACKS.keys() <= attacks.keys():
+            same = [ATTACKS[key].items() <= attacks[key].items() for key in ATTACKS]
+            whole = result['n'] == result['n_test'] and (weights, member) == ('last', None)
+            row['full'] = in_table_1 and whole and all(same)
+    return list(rows.values())
+
+
+def errors_of(columns):
+    """Errors of an evaluation, in percent. The worst case takes all five attacks."""
+    errors = {attack.title(key): 100 * column['error'] for key, column in columns.items()}
+    if not ATTACKS.keys() <= columns.keys():
+        errors.pop('worst case')
+    return errors
+
+
+def standard_errors(columns):
+    """Errors of AutoAttack's standard evaluation, in percent, as far as it has come: of its first
+    two attacks, and of all four."""
+    errors = {'clean': 100 * columns['clean']['error']}
+    if 'apgd_t' in columns:  # columns are cumulative
+        errors['two attacks'] = 100 * columns['apgd_t']['error']
+    if attack.STANDARD.keys() <= columns.keys():
+        errors['AutoAttack'] = 100 * columns['worst']['error']
+    return errors
+
+
+def distinct(runs, settings):
+    """The runs without copies. ValueError for different models of the same settings and seed."""
+    found = {}
+    for run in runs:
+        key = tuple(str(run[name]) for name in ('seed', *settings))
+        first = found.setdefault(key, run)
+        if first['digests'] != run['digests']:
+            both = f'{first["path"]} and {run["path"]}'
+            raise ValueError(
+                f'{both} are different models of the same settings and seed: report on one of them'
+            )
+    return list(found.values())
+
+
+def same_data(rows, name):
+    """Older results do not say on which images they were made: it counts as the same as that of the
+    others on their dataset, if these agree."""
+    known = {}
+    for row in rows:
+        known.setdefault(row['dataset'], set()).add(row.get(name, UNKNOWN))
+    for row in rows:
+        digests = known[row['dataset']] - {UNKNOWN}
+        if row.get(name, UNKNOWN) == UNKNOWN and len(digests) == 1:
+            (row[name],) = digests
+
+
+def diverged(runs, evaluations, settings):
+    """Evaluations of the runs that diverged: always wrong, wherever another seed was evaluated."""
+    rows = []
+    for run in runs:
+        others = [row for row in evaluations if all(row[k] == run[k] for k in settings)]
+        conditions = {tuple(row[name] for name in CONDITIONS): row for row in others}
+        for row in conditions.values() if run['diverged'] else ():
+            rows.append(row | run | {'errors': dict.fromkeys(row['errors'], 100.0)})
+    return rows
+
+
+def ensembles(left_out):
+    """The evaluations of ensembles in evals/ whose members still have the weights that it is of."""
+    rows = []
+    for path in sorted(pathlib.Path('evals').glob('ensemble*/evaluate*.json')):
+        result = record.load(path)
+        if any(digests_now(member).isdisjoint(result['digests']) for member in result['members']):
+            left_out.append(f'{path} is of weights that are no longer there')
+            continue
+        errors = (standard_errors if result.get('standard') else errors_of)(result['columns'])
+        row = {
+            'members': ' + '.join(result['members']),
+            'dataset': result['dataset'],
+            'eps': data.show_eps(result['eps'], result['dataset']),
+            'test images': result['n'],
+            'attack seed': result['seed'],
+            'attack precision': result.get('precision', 'fp32'),
+            'date': result['provenance'][-1]['date'],
+        }
+        rows.append(row | errors)
+    return pd.DataFrame(rows)
+
+
+def digests_now(path):
+    """The digest of a checkpoint as it is, or those in the log of its run if only that is here."""
+    path = pathlib.Path(path)
+    if path.exists():
+        return {record.digest(path)}
+    log = path.with_name('log.jsonl')
+    rows = record.load(log) if log.exists() else []
+    return {value for row in rows for name, value in row.items() if name.endswith('digest')}
