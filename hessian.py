@@ -8,10 +8,10 @@ writes RUN/hessian*.json and, with the eigenvectors, RUN/hessian*.pt. Re-running
 import argparse
 import copy
 import functools
+import math
 import statistics
 import time
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
@@ -20,6 +20,8 @@ from torch.func import functional_call
 import data
 from lib import analysis, cli, distributed, fast, record, rng
 from lib.classifier import NotFiniteError, flat, frozen, logits_of, mean_loss, norm, unflat
+
+F32 = torch.zeros(())
 
 
 def hvp(model, x, y, v, batch_size=250):
@@ -35,18 +37,21 @@ class Hessian:
     """`hvp` for many products: hessian(v) is H v, bit for bit.
 
     A product differentiates the gradient, whose graph does not depend on v. Graphs are kept for as
-    many batches as fit into `keep` bytes, which saves 2/5 of the time of further products; the
-    model, x and y must not change between them.
+    many batches as fit into `keep` bytes, which saves 2/5 of the time of further products, until
+    the model changes; x and y must not change.
     """
 
     def __init__(self, model, x, y, batch_size=250, keep=4 * 2**30):
         self.model, self.n = model, len(x)
-        self.graphs = {}
-        self.room = keep // distributed.SIZE
+        self.keep = keep // distributed.SIZE
+        self.graphs, self.state = {}, None
         x, y = (tensor[distributed.own()] for tensor in (x, y))
         self.batches = list(zip(x.split(batch_size), y.split(batch_size)))
 
     def __call__(self, v):
+        state = flat([*self.model.parameters(), *self.model.buffers()])
+        if self.state is None or not torch.equal(state, self.state):
+            self.state, self.graphs, self.room = state, {}, self.keep
         total = torch.zeros_like(v)
         for i, batch in enumerate(self.batches):
             gradient, theta, size = self.graphs.get(i) or self.gradient(*batch)
@@ -70,12 +75,12 @@ class Hessian:
         theta = {name: p.detach().requires_grad_() for name, p in self.model.named_parameters()}
         saved, versions = {}, []
 
-        def note(tensor):
+        def measure(tensor):
             saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             versions.append((tensor, tensor._version))
             return tensor
 
-        with frozen(self.model), saved_tensors_hooks(note, lambda tensor: tensor):
+        with frozen(self.model), saved_tensors_hooks(measure, lambda tensor: tensor):
             logits = logits_of(lambda x: functional_call(self.model, theta, (x,)), x)
             loss = F.cross_entropy(logits, y, reduction='sum') / self.n
             theta = list(theta.values())
@@ -84,9 +89,6 @@ class Hessian:
         if any(tensor._version != version for tensor, version in versions):
             raise ValueError('the model changes in place what its gradient is computed from')
         return gradient, theta, sum(saved.values())
-
-
-F32 = torch.zeros(())
 
 
 def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, seed=0):
@@ -108,7 +110,7 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
         if space.size == steps or converged(values, norms, tol, like.dtype).sum() < k:
             continue
         before = values
-        space.rest.append((0, space.random()))
+        space.remainders.append((0, space.random()))
         for _ in range(min(6, steps - space.size)):
             space.step(latest=True)
         values, S, norms = space.ritz(k)
@@ -131,20 +133,20 @@ def power_iteration(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, se
         q = rng.unit_vector(dim, like, seed, i)
         for _ in range(n_iter):
             for _ in range(2):  # the second time removes rounding errors
-                q = q - V[:i].T @ matvec_double(V[:i], q).to(q)
+                q, _ = project_out(q, V[:i])
                 q = q / norm(q)
             V[i] = q
             HV[i] = q = matvec(q)
-            t = matvec_double(V[: i + 1], q)
-            values[i], norms[i] = t[i], norm(q - V[: i + 1].T @ t.to(q))
+            residual, coefficients = project_out(q, V[: i + 1])
+            values[i], norms[i] = coefficients[i], norm(residual)
             if converged(values[: i + 1], norms[: i + 1], tol, like.dtype)[i]:
                 break
-    T = torch.stack([matvec_double(V, row) for row in HV]).cpu()
+    T = torch.stack([project_out(row, V)[1] for row in HV])
     values, S = torch.linalg.eigh((T + T.T) / 2)
     order = values.abs().argsort(descending=True)
     values, S = values[order], S[:, order].T.to(like)
-    rest = S @ HV - values.to(like)[:, None] * (S @ V)
-    norms = rest.norm(dim=1, dtype=torch.float64).cpu()
+    residuals = S @ HV - values.to(like)[:, None] * (S @ V)
+    norms = residuals.norm(dim=1, dtype=torch.float64).cpu()
     return summary(values, S @ V, norms, tol)
 
 
@@ -171,8 +173,8 @@ def density(matvec, dim, steps=50, *, like=F32, seed=0):
 class Krylov:
     """An orthonormal basis V, (steps, dim), of a Krylov space of a symmetric matrix H; T = V H V'.
 
-    Lanczos' method with full orthogonalisation, one product a step. `rest` holds (index of a basis
-    vector, part of its product outside of the basis). These remainders become the next basis
+    Lanczos' method with full orthogonalisation, one product a step. `remainders` are pairs (index
+    of a basis vector, the part of its product outside of the basis). They become the next basis
     vectors; the residuals of Ritz pairs follow from them without further products.
     """
 
@@ -180,7 +182,7 @@ class Krylov:
         self.matvec, self.seed = matvec, seed
         self.V = start.new_empty(steps, len(start))
         self.T = torch.zeros(steps, steps).double()
-        self.size, self.rest = 0, [(0, start)]
+        self.size, self.remainders = 0, [(0, start)]
 
     def random(self):
         """A random direction outside of the basis."""
@@ -189,29 +191,30 @@ class Krylov:
 
     def step(self, latest=False):
         """Adds the oldest (or latest) remainder to the basis, or if it is 0 a random direction."""
-        _, q = self.rest.pop(-1 if latest else 0)
+        _, q = self.remainders.pop(-1 if latest else 0)
         if norm(q) <= rounding(self.T, q.dtype):
             q = self.random()
         v = self.V[self.size] = q / norm(q)
-        self.rest = [(i, r - (v * r).sum() * v) for i, r in self.rest]
+        self.remainders = [(i, r - (v * r).sum() * v) for i, r in self.remainders]
         self.size += 1
-        q, t = self.orthogonalize(self.matvec(v), max(0, self.size - len(self.rest) - 2))
+        q, t = self.orthogonalize(self.matvec(v), max(0, self.size - len(self.remainders) - 2))
         self.T[self.size - 1, : self.size] = self.T[: self.size, self.size - 1] = t
-        self.rest.append((self.size - 1, q))
+        self.remainders.append((self.size - 1, q))
 
     def orthogonalize(self, q, first=0):
         """q without its part in the basis, and the coefficients of that part, (size,).
 
         Of a product only the coefficients from `first` on exceed rounding errors. With these taken
-        off first, one pass over the whole basis mostly suffices; else there is a second.
+        off first, one pass over the whole basis mostly suffices.
         """
         coefficients = torch.zeros(self.size).double()
-        for i in (first, 0, 0):
-            V, before = self.V[i : self.size], norm(q)
-            t = matvec_double(V, q)
-            q = q - V.T @ t.to(q)
-            coefficients[i:] += t.cpu()
-            if i == 0 and norm(q) > 0.7 * before:
+        if first > 0:
+            q, coefficients[first:] = project_out(q, self.V[first : self.size])
+        for _ in range(3):
+            before = norm(q)
+            q, part = project_out(q, self.V[: self.size])
+            coefficients += part
+            if norm(q) > 0.7 * before:  # else rounding errors of what was taken off weigh more
                 break
         return q, coefficients
 
@@ -220,7 +223,7 @@ class Krylov:
         bounds on the norms of their residuals, (k,), exact if there is one remainder."""
         values, S = torch.linalg.eigh(self.T[: self.size, : self.size])
         order = values.abs().argsort(descending=True)[:k]
-        norms = sum(S[i, order].abs() * norm(q).item() for i, q in self.rest)
+        norms = sum(S[i, order].abs() * norm(q).item() for i, q in self.remainders)
         return values[order], S[:, order].T, norms.clamp(min=rounding(values, self.V.dtype))
 
 
@@ -243,9 +246,12 @@ def rounding(values, dtype):
     return 64 * torch.finfo(dtype).eps * values.abs().max().item()
 
 
-def matvec_double(V, q, part=2**14):
-    """V q, (rows,), double: float32 sums of millions of products would be off by 2e-4."""
-    return sum((V[:, i : i + part] @ q[i : i + part]).double() for i in range(0, len(q), part))
+def project_out(q, V, part=2**14):
+    """q without its part in the span of the orthonormal V, (rows, dim), and the coefficients of
+    that part, V q, (rows,), double: float32 sums of millions of products would be off by 2e-4."""
+    products = [V[:, i : i + part] @ q[i : i + part] for i in range(0, len(q), part)]
+    coefficients = sum(product.double() for product in products)
+    return q - V.T @ coefficients.to(q), coefficients.cpu()
 
 
 SOLVERS = {'lanczos': top_eigenpairs, 'power': power_iteration}
@@ -270,75 +276,90 @@ def loss_normalizer(run, seed):
 
 
 def analyze(run, args):
-    """Computes the missing parts of the run's result, prints it and returns its path."""
+    """Computes what the run's result lacks, prints it and returns its path."""
     stem = 'hessian_power' if args.solver == 'power' else 'hessian'
     path = analysis.output(run.folder, stem, args)
-    dim, like = sum(p.numel() for p in run.model.parameters()), run.x.new_zeros(())
+    dim = sum(p.numel() for p in run.model.parameters())
     if args.k > min(dim, args.max_products):
         raise ValueError(f'--k {args.k}: {dim:,} parameters, {args.max_products} products at most')
     eps = data.show_eps(run.eps, run.metadata['dataset'])
     print(f'{path}: {dim:,} parameters, {len(run.x):,} images, eps {eps}', flush=True)
-    total = args.max_products + args.trace + 50 * args.density
-    with record.lock(run.folder), cli.bar(' products at most', total) as bar:
-        result = analysis.resume(path, run.metadata | {'dim': dim}, args.device)
-
-        @functools.cache
-        def H():  # made once, and only if a part is missing
-            x_adv = run.pgd(fast.folded(run.model, run.x[:8]), run.x, run.y, seed=args.seed)
-            loss, error = mean_loss(run.model, x_adv, run.y, args.batch_size)
-            result.update(loss=loss, robust_error=error)
-            return Hessian(run.model, x_adv, run.y, args.batch_size)
-
-        def matvec(v):
-            bar.update()
-            return H()(v)
-
-        if not has_pairs(result, args):
-            H()  # its time is not the solver's
-            began = time.monotonic()
-            options = {'tol': args.tol, 'max_products': args.max_products}
-            found = SOLVERS[args.solver](matvec, dim, args.k, like=like, seed=args.seed, **options)
-            values, vectors, residuals, converged = found
-            eigen = {'values': values.tolist(), 'residuals': residuals.tolist()}
-            eigen |= {'converged': converged.tolist(), 'solver': args.solver, 'k': args.k}
-            eigen |= options | {'products': bar.n, 'seconds': round(time.monotonic() - began, 1)}
-            result['eigen'] = eigen
-            record.save(path.with_suffix('.pt'), {'vectors': vectors.cpu()})
-            record.save(path, result)
-        for part, n, draw in (
-            ('random_losses', args.draws, functools.partial(loss_normalizer, run)),
-            ('traces', args.trace, functools.partial(trace, matvec, dim, like=like)),
-            ('densities', args.density, functools.partial(density, matvec, dim, like=like)),
-        ):
-            drawn = result.setdefault(part, [])
-            for i in range(len(drawn), n):
-                drawn.append(draw(seed=rng.fold_in(args.seed, i)))
-                record.save(path, result)
-        result['complete'] = True
-        record.save(path, result)
+    with record.lock(run.folder):
+        result = {'random_losses': [], 'traces': [], 'densities': []}
+        result |= analysis.resume(path, run.metadata | {'dim': dim}, args.device)
+        if not has_pairs(result, path, args) or missing(result, args):
+            complete(result, path, run, args)
     show(result)
     return path
 
 
-def has_pairs(result, args):
-    """Whether the result has the eigenpairs that are asked for, or has looked for them long enough:
-    with as many products."""
+def has_pairs(result, path, args):
+    """Whether the eigenpairs that are asked for are in the result at `path` and its .pt file, or
+    were looked for long enough: with as many products."""
     eigen = result.get('eigen', {'k': 0})
-    if eigen['k'] < args.k or eigen['tol'] > args.tol:
+    if eigen['k'] < args.k or eigen['tol'] > args.tol or not path.with_suffix('.pt').exists():
         return False
     return all(eigen['converged']) or eigen['max_products'] >= args.max_products
+
+
+def missing(result, args):
+    """The draws that are asked for and not in the result: pairs (list in the result, seed)."""
+    wanted = {'random_losses': args.draws, 'traces': args.trace, 'densities': args.density}
+    draws = [(name, i) for name, n in wanted.items() for i in range(len(result[name]), n)]
+    return [(name, rng.fold_in(args.seed, i)) for name, i in draws]
+
+
+def complete(result, path, run, args):
+    """Adds to the result what it lacks of what is asked for, and saves it after each part."""
+    x_adv = run.pgd(fast.folded(run.model, run.x[:8]), run.x, run.y, seed=args.seed)
+    result['loss'], result['robust_error'] = mean_loss(run.model, x_adv, run.y, args.batch_size)
+    H = Hessian(run.model, x_adv, run.y, args.batch_size)
+    dim, like = result['dim'], run.x.new_zeros(())
+    with cli.bar(' products at most', args.max_products + args.trace + 50 * args.density) as bar:
+
+        def matvec(v):
+            bar.update()
+            return H(v)
+
+        if not has_pairs(result, path, args):
+            result['eigen'], vectors = solve(matvec, dim, like, args)
+            result['eigen']['products'] = bar.n
+            record.save(path.with_suffix('.pt'), {'vectors': vectors.cpu()})
+            record.save(path, result)
+        draw = {
+            'random_losses': functools.partial(loss_normalizer, run),
+            'traces': functools.partial(trace, matvec, dim, like=like),
+            'densities': functools.partial(density, matvec, dim, like=like),
+        }
+        for name, seed in missing(result, args):
+            result[name].append(draw[name](seed=seed))
+            record.save(path, result)
+    result['complete'] = True
+    record.save(path, result)
+
+
+def solve(matvec, dim, like, args):
+    """What the result says of the eigenpairs that are asked for, and the eigenvectors."""
+    began = time.monotonic()
+    options = {'tol': args.tol, 'max_products': args.max_products}
+    solver = functools.partial(SOLVERS[args.solver], like=like, seed=args.seed, **options)
+    values, vectors, residuals, good = solver(matvec, dim, args.k)
+    pairs = {'values': values.tolist(), 'residuals': residuals.tolist(), 'converged': good.tolist()}
+    seconds = round(time.monotonic() - began, 1)
+    return pairs | options | {'solver': args.solver, 'k': args.k, 'seconds': seconds}, vectors
 
 
 def show(result):
     """Prints the result."""
     eigen, scale = result['eigen'], statistics.mean(result['random_losses'])
-    table = pd.DataFrame({key: eigen[key] for key in ('values', 'residuals', 'converged')})
-    print(table.assign(normalized=table['values'] / scale).to_string(float_format='{:.4g}'.format))
+    print('eigenvalue  normalized  residual  converged')
+    for value, residual, good in zip(eigen['values'], eigen['residuals'], eigen['converged']):
+        print(f'{value:10.4g}  {value / scale:10.4g}  {residual:8.2g}  {"yes" if good else "no"}')
     print(f'{eigen["products"]} products; L_eps {result["loss"]:.4g}, of random thetas {scale:.4g}')
-    if result['traces']:
-        traces = pd.Series(result['traces'])
-        print(f'trace {traces.mean():.5g} +- {traces.sem():.2g}')
-    if not table['converged'].all():
+    if traces := result['traces']:
+        error = statistics.stdev(traces) / len(traces) ** 0.5 if len(traces) > 1 else math.nan
+        print(f'trace {statistics.mean(traces):.5g} +- {error:.2g}')
+    if not all(eigen['converged']):
         print('pairs that have not converged are not eigenpairs; raise --max-products')
 
 

@@ -9,7 +9,6 @@ import functools
 import math
 import statistics
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import vector_to_parameters
@@ -17,21 +16,19 @@ from torch.nn.utils import vector_to_parameters
 import data
 import schedule
 from lib import analysis, cli, fast, record, rng
-from lib.classifier import flat, mean_loss, predict
+from lib.classifier import flat, frozen, mean_loss, predict
 
 
-def compute_missing(path, metadata, keys, compute, args):
-    """The result at `path`, to which key | compute(**key) is added for each of `keys` it lacks."""
-    result = analysis.resume(path, metadata, args.device)
+def measure(result, path, keys, compute):
+    """Adds key | compute(**key) to result['points'] for each of `keys`, and saves after each; the
+    points that are there already are those of the first keys."""
     points = result.setdefault('points', [])
-    missing = [key for key in keys if not any(key.items() <= old.items() for old in points)]
-    print(f'{path}: {len(missing)} of {len(keys)} points to compute', flush=True)
-    with cli.bar(' points', len(missing)) as bar:
-        for key in missing:
+    print(f'{path}: {len(keys) - len(points)} of {len(keys)} points to compute', flush=True)
+    with cli.bar(' points', len(keys), len(points)) as bar:
+        for key in keys[len(points) :]:
             points.append(key | compute(**key))
             record.save(path, result)
             bar.update()
-    return result
 
 
 def attacked(run, model, delta, seed):
@@ -68,10 +65,14 @@ def similarity(run, args):
         return {'cosine': statistics.mean(cosines), 'robust_error': statistics.mean(errors)}
 
     path = analysis.output(run.folder, 'similarity', args)
+    metadata = run.metadata | {'eigenvectors': source, 'a': args.a}
+    result = analysis.resume(path, metadata, args.device)
     keys = [{'direction': direction, 'a': a} for direction in directions for a in args.a]
-    result = compute_missing(path, run.metadata | {'eigenvectors': source}, keys, compute, args)
+    measure(result, path, keys, compute)
     record.save(path, result | {'complete': True})
-    print(pd.DataFrame(result['points']).to_string(index=False))
+    line = '{direction:11}  a {a:5.3g}  cosine {cosine:7.4f}  robust error {robust_error:.4f}'
+    for point in result['points']:
+        print(line.format(**point))
     return path
 
 
@@ -85,11 +86,14 @@ def surface(run, args):
         return {'loss': loss, 'robust_error': error}
 
     path = analysis.output(run.folder, 'surface', args)
+    metadata = run.metadata | {'eigenvectors': source, 'grid': args.grid, 'radius': args.radius}
+    result = analysis.resume(path, metadata, args.device)
     ticks = [args.radius * (2 * i / max(1, args.grid - 1) - 1) for i in range(args.grid)]
-    keys = [{'a': a, 'b': b} for a in ticks for b in ticks]
-    result = compute_missing(path, run.metadata | {'eigenvectors': source}, keys, compute, args)
+    measure(result, path, [{'a': a, 'b': b} for a in ticks for b in ticks], compute)
     record.save(path, result | {'complete': True})
-    print(pd.DataFrame(result['points']).agg(['min', 'max']))
+    for name in 'loss', 'robust_error':
+        values = [point[name] for point in result['points']]
+        print(f'{name}: {min(values):.4g} to {max(values):.4g}')
     return path
 
 
@@ -147,14 +151,16 @@ def connect(run, args):
     if run.metadata['digest'] == other.metadata['digest'] or alike[0] != alike[1]:
         raise ValueError(f'{args.run}, {args.other}: no two networks of one shape, dataset and eps')
     file = analysis.output(run.folder, f'connect_{other.folder.resolve().name}', args)
-    metadata = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
-    settings = 'n_control', 'epochs', 'lr', 'train_batch_size'
-    metadata |= {name: vars(args)[name] for name in settings}
+    settings = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
+    for name in 'n_control', 'epochs', 'lr', 'train_batch_size':
+        settings[name] = vars(args)[name]
+    result = analysis.resume(file, settings | {'n_points': args.points}, args.device)
     line = torch.stack([flat(end.model.parameters()) for end in ends])
     share = torch.arange(args.n_control).to(line)[:, None] / (args.n_control - 1)
     curves = {'line': line, 'bezier': (1 - share) * line[0] + share * line[1]}
-    losses = train_curve(curves['bezier'], run, args, metadata, file.with_suffix('.pt'))
-
+    if not result.get('complete'):
+        state = file.with_suffix('.pt')
+        result['train_losses'] = train_curve(curves['bezier'], run, args, settings, state)
     pgd = functools.partial(run.pgd, seed=args.seed)
 
     def compute(path, t):
@@ -165,55 +171,62 @@ def connect(run, args):
         return {'loss': loss, 'robust_error': error}
 
     ticks = [i / max(1, args.points - 1) for i in range(args.points)]
-    keys = [{'path': path, 't': t} for path in curves for t in ticks]
-    result = compute_missing(file, metadata, keys, compute, args)
-    points = pd.DataFrame(result['points']).sort_values('t')
-    table = points.groupby('path')['loss'].agg(['first', 'last', 'max'])
-    table['barrier'] = table['max'] - table[['first', 'last']].max(axis=1)
-    print(table)
-    result |= {'barriers': table['barrier'].to_dict(), 'train_losses': losses, 'complete': True}
-    record.save(file, result)
+    measure(result, file, [{'path': path, 't': t} for path in curves for t in ticks], compute)
+    barriers = {}
+    for path in curves:
+        losses = [point['loss'] for point in result['points'] if point['path'] == path]
+        barriers[path] = max(losses) - max(losses[0], losses[-1])
+        ends = f'{losses[0]:.4g} and {losses[-1]:.4g}'
+        print(f'{path:6}  ends {ends}, maximum {max(losses):.4g}, barrier {barriers[path]:.4g}')
+    record.save(file, result | {'barriers': barriers, 'complete': True})
     return file
 
 
 def dead_units(model, x, batch_size):
     """The model's predictions on x, and which units of each ReLU (channels or neurons) no image
-    activates, (units,) bool. A ReLU is named after the last layer with parameters before it."""
-    names = {p: name.rpartition('.')[0] or 'input' for name, p in model.named_parameters()}
-    active, last = {}, 'input'
+    activates, (units,) bool. A ReLU is named after the last layer with parameters before it; of
+    several behind one layer, each gets one ' more."""
+    layers = {p: name.rpartition('.')[0] for name, p in model.named_parameters()}
+    active = {}
 
     class Watch(torch.overrides.TorchFunctionMode):
+        relu = 'input'
+
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            nonlocal last
-            output = function(*args, **(kwargs or {}))
-            for arg in (*args, *(kwargs or {}).values()):
-                if isinstance(arg, torch.nn.Parameter):
-                    last = names.get(arg, last)
+            kwargs = kwargs or {}
+            output = function(*args, **kwargs)
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, torch.nn.Parameter):
+                    self.relu = layers.get(value) or self.relu
             if function.__name__ in ('relu', 'relu_'):
                 units = (output > 0).transpose(0, 1).flatten(1).any(1)
-                active[last] = active.get(last, False) | units
-                last += "'"  # names another ReLU before the next parameters
+                active[self.relu] = active.get(self.relu, False) | units
+                self.relu += "'"
             return output
 
-    with Watch():
-        classes = predict(model, x, batch_size)
-    return classes, {layer: ~units.cpu() for layer, units in active.items()}
+    def watched(batch):
+        with Watch():
+            return model(batch)
+
+    with frozen(model):
+        classes = predict(watched, x, batch_size)
+    return classes, {relu: ~units.cpu() for relu, units in active.items()}
 
 
 def dead(run, args):
     """C.2.4: the share of units in each layer that no training image activates."""
     path = analysis.output(run.folder, 'dead', args)
     classes, units = dead_units(run.model, run.x, args.batch_size)
-    rows = [(layer, len(gone), gone.sum().item()) for layer, gone in units.items()]
-    layers = pd.DataFrame(rows, columns=['layer', 'units', 'dead'])
-    layers['share'] = layers.dead / layers.units
-    layers['all'] = layers.dead == layers.units
-    n_classes = len(classes.unique())
-    result = run.metadata | {'predicted_classes': n_classes, 'complete': True}
-    result['layers'] = layers.to_dict('records')
+    n_classes, layers = len(classes.unique()), []
+    print(f'{args.run} predicts {n_classes} class(es)')
+    for layer, is_dead in units.items():
+        n, n_dead = len(is_dead), is_dead.sum().item()
+        row = {'layer': layer, 'units': n, 'dead': n_dead, 'share': n_dead / n, 'all': n_dead == n}
+        layers.append(row)
+        print(f'{layer:20} {n_dead:5} of {n:5} units are dead, {n_dead / n:6.1%}')
+    result = run.metadata | {'predicted_classes': n_classes, 'layers': layers, 'complete': True}
     record.add_provenance(result, args.device)
     record.save(path, result)
-    print(f'{args.run} predicts {n_classes} class(es)', layers.to_string(index=False), sep='\n')
     return path
 
 
