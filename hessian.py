@@ -110,9 +110,9 @@ def top_eigenpairs(matvec, dim, k, *, tol=1e-3, max_products=None, like=F32, see
         if space.size == steps or converged(values, norms, tol, like.dtype).sum() < k:
             continue
         before = values
-        space.remainders.append((0, space.random()))
+        space.remainders.append((0, torch.zeros_like(space.V[0])))  # a random direction follows
         for _ in range(min(6, steps - space.size)):
-            space.step(latest=True)
+            space.step(-1)
         values, S, norms = space.ritz(k)
         all_found = torch.allclose(values, before, tol, rounding(values, like.dtype))
         if all_found and converged(values, norms, tol, like.dtype).all():
@@ -184,16 +184,12 @@ class Krylov:
         self.T = torch.zeros(steps, steps).double()
         self.size, self.remainders = 0, [(0, start)]
 
-    def random(self):
-        """A random direction outside of the basis."""
-        like = self.V[0]
-        return self.orthogonalize(rng.unit_vector(len(like), like, self.seed, 1, self.size))[0]
-
-    def step(self, latest=False):
-        """Adds the oldest (or latest) remainder to the basis, or if it is 0 a random direction."""
-        _, q = self.remainders.pop(-1 if latest else 0)
+    def step(self, which=0):
+        """Adds a remainder, the oldest unless said, to the basis; if it is 0, a random direction
+        outside of the basis."""
+        _, q = self.remainders.pop(which)
         if norm(q) <= rounding(self.T, q.dtype):
-            q = self.random()
+            q, _ = self.orthogonalize(rng.unit_vector(len(q), q, self.seed, 1, self.size))
         v = self.V[self.size] = q / norm(q)
         self.remainders = [(i, r - (v * r).sum() * v) for i, r in self.remainders]
         self.size += 1
@@ -202,11 +198,9 @@ class Krylov:
         self.remainders.append((self.size - 1, q))
 
     def orthogonalize(self, q, first=0):
-        """q without its part in the basis, and the coefficients of that part, (size,).
-
-        Of a product only the coefficients from `first` on exceed rounding errors. With these taken
-        off first, one pass over the whole basis mostly suffices.
-        """
+        """q without its part in the basis, and the coefficients of that part, (size,). Where only
+        those from `first` on exceed rounding errors, these are taken off first: then one pass over
+        the whole basis mostly suffices."""
         coefficients = torch.zeros(self.size).double()
         if first > 0:
             q, coefficients[first:] = project_out(q, self.V[first : self.size])
@@ -214,7 +208,7 @@ class Krylov:
             before = norm(q)
             q, part = project_out(q, self.V[: self.size])
             coefficients += part
-            if norm(q) > 0.7 * before:  # else rounding errors of what was taken off weigh more
+            if norm(q) > 0.7 * before:  # else rounding errors of what was taken off may matter
                 break
         return q, coefficients
 
@@ -294,8 +288,8 @@ def analyze(run, args):
 
 
 def has_pairs(result, path, args):
-    """Whether the eigenpairs that are asked for are in the result at `path` and its .pt file, or
-    were looked for long enough: with as many products."""
+    """Whether the result has the eigenpairs that are asked for, and the .pt file their vectors.
+    Pairs that have not converged count if they were allowed as many products."""
     eigen = result.get('eigen', {'k': 0})
     if eigen['k'] < args.k or eigen['tol'] > args.tol or not path.with_suffix('.pt').exists():
         return False
@@ -310,7 +304,7 @@ def missing(result, args):
 
 
 def complete(result, path, run, args):
-    """Adds to the result what it lacks of what is asked for, and saves it after each part."""
+    """Adds to the result, part by part, what it lacks of what is asked for, and saves it."""
     x_adv = run.pgd(fast.folded(run.model, run.x[:8]), run.x, run.y, seed=args.seed)
     result['loss'], result['robust_error'] = mean_loss(run.model, x_adv, run.y, args.batch_size)
     H = Hessian(run.model, x_adv, run.y, args.batch_size)

@@ -184,8 +184,8 @@ def connect(run, args):
 
 def dead_units(model, x, batch_size):
     """The model's predictions on x, and which units of each ReLU (channels or neurons) no image
-    activates, (units,) bool. A ReLU is named after the last layer with parameters before it; of
-    several behind one layer, each gets one ' more."""
+    activates, (units,) bool. A ReLU has the name of the last layer with parameters before it, with
+    one ' for each ReLU between them."""
     layers = {p: name.rpartition('.')[0] for name, p in model.named_parameters()}
     active = {}
 

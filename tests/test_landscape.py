@@ -27,7 +27,7 @@ class Tiny(nn.Module):
         self.linear, self.last = nn.Linear(3 * width, 5 * width), nn.Linear(5 * width, n_classes)
 
     def forward(self, x):
-        x = self.bn(self.conv((self.scale * x).relu()))  # before any layer
+        x = self.bn(self.conv(self.scale * x.relu()))  # before any layer
         x = torch.relu(self.relu(x).mean((2, 3)))  # two in a row
         return self.last(F.relu_(self.linear(x)))
 
@@ -133,6 +133,26 @@ def test_points_along_other_eigenvectors_are_replaced(run, capsys):
     assert 'it is replaced' in capsys.readouterr().out
 
 
+def test_points_of_another_sweep_are_replaced(run, capsys):
+    make_run(run.with_name('two'), 1)
+    save_eigenvectors(run)
+    for words, first, second in (
+        ('similarity one --a 0', 3, 0.1),
+        ('surface one --grid 2 --radius', 0.5, 5),
+        ('surface one --grid', 2, 3),
+        ('connect one two --epochs 1 --n-control 3 --points', 2, 3),
+    ):
+        words = words.split()
+        call(*words, first)
+        result = call(*words, second)
+        assert 'it is replaced' in capsys.readouterr().out
+        assert call(*words, second) == result
+        again = capsys.readouterr().out
+        assert ': 0 of ' in again and 'replaced' not in again
+        next(run.glob(f'{words[0]}*.json')).unlink()
+        assert call(*words, second)['points'] == result['points']
+
+
 def test_a_surface_is_the_loss_at_shifted_parameters(run):
     v, ticks = save_eigenvectors(run), (-2, 0, 2)
     points = call('surface', run, '--grid', 3, '--radius', 2)['points']
@@ -206,6 +226,9 @@ def test_a_curve_killed_in_training_and_in_measuring_ends_in_the_same_bits(tmp_p
     a, b = (record.load(*run.glob('connect*.pt')) for run in (one, whole))
     assert all(torch.equal(*pair) for pair in zip(a['tensors'], b['tensors']))
     assert a['losses'] == b['losses'] and len(a['losses']) == 3
+    next(one.glob('connect*.pt')).unlink()
+    monkeypatch.setattr(landscape, 'train_curve', None)  # a complete result needs no curve
+    assert call('connect', one, two, *flags)['points'] == expected
 
 
 @pytest.mark.parametrize('config', [{'width': 1}, {'eps': 0.2}, {'seed': 0}])
