@@ -65,8 +65,8 @@ def similarity(run, args):
         return {'cosine': statistics.mean(cosines), 'robust_error': statistics.mean(errors)}
 
     path = analysis.output(run.folder, 'similarity', args)
-    metadata = run.metadata | {'eigenvectors': source, 'a': args.a}
-    result = analysis.resume(path, metadata, args.device)
+    sweep = {'eigenvectors': source, 'a': args.a}
+    result = analysis.resume(path, run.metadata | sweep, args.device)
     keys = [{'direction': direction, 'a': a} for direction in directions for a in args.a]
     measure(result, path, keys, compute)
     record.save(path, result | {'complete': True})
@@ -86,8 +86,8 @@ def surface(run, args):
         return {'loss': loss, 'robust_error': error}
 
     path = analysis.output(run.folder, 'surface', args)
-    metadata = run.metadata | {'eigenvectors': source, 'grid': args.grid, 'radius': args.radius}
-    result = analysis.resume(path, metadata, args.device)
+    sweep = {'eigenvectors': source, 'grid': args.grid, 'radius': args.radius}
+    result = analysis.resume(path, run.metadata | sweep, args.device)
     ticks = [args.radius * (2 * i / max(1, args.grid - 1) - 1) for i in range(args.grid)]
     measure(result, path, [{'a': a, 'b': b} for a in ticks for b in ticks], compute)
     record.save(path, result | {'complete': True})
@@ -123,8 +123,8 @@ def train_curve(points, run, args, metadata, path):
         optimizer.load_state_dict(state['optimizer'])
     with cli.bar(' epochs', args.epochs, len(losses)) as bar:
         for epoch in range(len(losses), args.epochs):
+            losses.append(0.0)
             generator = rng.generator(args.seed, epoch)
-            total = 0.0
             optimizer.param_groups[0]['lr'] = schedule.lr_at(epoch / args.epochs, 'step', args.lr)
             batches = data.batches(run.x, run.y, args.train_batch_size, generator, run.augment)
             for i, (x, y) in enumerate(batches):
@@ -135,8 +135,7 @@ def train_curve(points, run, args, metadata, path):
                 gradient = flat(torch.autograd.grad(loss, parameters))
                 inner.grad = weights[1:-1, None] * gradient  # the chain rule
                 optimizer.step()
-                total += loss.item() * len(y) / len(run.x)
-            losses.append(total)
+                losses[-1] += loss.item() * len(y) / len(run.x)
             state = {'settings': settings, 'losses': losses, 'tensors': tensors}
             record.save(path, state | {'optimizer': optimizer.state_dict()})
             bar.update()

@@ -32,7 +32,7 @@ def corners(x, eps):
 
 
 def proposition_1(x, y, draws):
-    """The share of the models `draws` that version_space_eps is right about: the whole ball around
+    """The share of the models `draws` for which version_space_eps is right: the whole ball around
     x, (m,), is classified as y just below that eps, and not just above."""
 
     def robust(W, eps):
@@ -48,9 +48,9 @@ def proposition_1(x, y, draws):
 
 
 def theorem_1(x, y, draws):
-    """By how much the best multiple gamma W of each of the models `draws` lowers the adversarial
-    loss at x, (m,), below that of gamma = 0: the most where the theorem says by nothing, just above
-    constant_eps, at ||x||_inf and at 1.5 ||x||_inf; the least just below constant_eps."""
+    """By how much the best multiple gamma W of a model lowers the adversarial loss at x, (m,), below
+    that of gamma = 0: the most among the models `draws` at budgets where the theorem allows nothing
+    (from 1.01 constant_eps on), and the least just below constant_eps."""
     gammas = [sign * 10.0**i for i in range(-8, 1) for sign in (-1, 1)]
 
     def gain(W, eps):
@@ -59,7 +59,7 @@ def theorem_1(x, y, draws):
         return -min(torch.log1p(torch.expm1(g * margins).mean(1)).max().item() for g in gammas)
 
     norm = x.abs().max().item()
-    above, below = [], []
+    above, below = [], []  # of constant_eps
     for W in draws:
         needed = constant_eps(x, y, W)
         above += [gain(W, eps) for eps in (norm, 1.5 * norm, 1.01 * needed)]
