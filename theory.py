@@ -48,7 +48,7 @@ def proposition_1(x, y, draws):
 
 
 def theorem_1(x, y, draws):
-    """By how much the best multiple gamma W of a model lowers the adversarial loss at x, (m,), below
+    """By how much the best multiple gamma W of a model lowers the adversarial loss at x, (m,), from
     that of gamma = 0: the most among the models `draws` at budgets where the theorem allows nothing
     (from 1.01 constant_eps on), and the least just below constant_eps."""
     gammas = [sign * 10.0**i for i in range(-8, 1) for sign in (-1, 1)]

@@ -267,6 +267,8 @@ def test_lost_eigenvectors_are_made_again(run):
     path = run / 'hessian_n60.pt'
     before = compute(run)['eigen']['values'], record.load(path)['vectors']
     path.unlink()
+    with pytest.raises(ValueError, match='--k 2 would replace 3 pairs in .*hessian_n60.json'):
+        compute(run, '--k', '2')
     assert compute(run)['eigen']['values'] == before[0]
     assert torch.equal(record.load(path)['vectors'], before[1])
 
