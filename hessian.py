@@ -281,11 +281,9 @@ def analyze(run, args):
     with record.lock(run.folder):
         result = {'random_losses': [], 'traces': [], 'densities': []}
         result |= analysis.resume(path, run.metadata | {'dim': dim}, args.device)
-        n_pairs = len(result['eigen']['values']) if 'eigen' in result else 0
-        if not has_pairs(result, path, args) and args.k < n_pairs:
-            raise ValueError(
-                f'--k {args.k} would replace {n_pairs} pairs in {path}: --k {n_pairs}?'
-            )
+        n_pairs = result.get('eigen', {'k': 0})['k']
+        if args.k < n_pairs and not has_pairs(result, path, args):
+            raise ValueError(f'--k {args.k} would replace {n_pairs} pairs in {path}; raise --k')
         if not has_pairs(result, path, args) or missing(result, args):
             complete(result, path, run, args)
     show(result)

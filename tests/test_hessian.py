@@ -265,12 +265,13 @@ def test_only_what_is_missing_is_computed_and_less_loses_nothing(run, monkeypatc
 
 def test_lost_eigenvectors_are_made_again(run):
     path = run / 'hessian_n60.pt'
-    before = compute(run)['eigen']['values'], record.load(path)['vectors']
+    compute(run)
+    before = path.read_bytes()
     path.unlink()
     with pytest.raises(ValueError, match='--k 2 would replace 3 pairs in .*hessian_n60.json'):
         compute(run, '--k', '2')
-    assert compute(run)['eigen']['values'] == before[0]
-    assert torch.equal(record.load(path)['vectors'], before[1])
+    compute(run)
+    assert path.read_bytes() == before
 
 
 def test_draws_of_theta_follow_the_initialiser_and_leave_the_model(run):
