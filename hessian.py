@@ -37,21 +37,18 @@ class Hessian:
     """`hvp` for many products: hessian(v) is H v, bit for bit.
 
     A product differentiates the gradient, whose graph does not depend on v. Graphs are kept for as
-    many batches as fit into `keep` bytes, which saves 2/5 of the time of further products, until
-    the model changes; x and y must not change.
+    many batches as fit into `keep` bytes, which saves 2/5 of the time of further products; the
+    model, x and y must not change between them.
     """
 
     def __init__(self, model, x, y, batch_size=250, keep=4 * 2**30):
         self.model, self.n = model, len(x)
-        self.keep = keep // distributed.SIZE
-        self.graphs, self.state = {}, None
+        self.graphs = {}
+        self.room = keep // distributed.SIZE
         x, y = (tensor[distributed.own()] for tensor in (x, y))
         self.batches = list(zip(x.split(batch_size), y.split(batch_size)))
 
     def __call__(self, v):
-        state = flat([*self.model.parameters(), *self.model.buffers()])
-        if self.state is None or not torch.equal(state, self.state):
-            self.state, self.graphs, self.room = state, {}, self.keep
         total = torch.zeros_like(v)
         for i, batch in enumerate(self.batches):
             gradient, theta, size = self.graphs.get(i) or self.gradient(*batch)

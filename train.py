@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 import pathlib
-import resource
+import sys
 import time
 
 import torch
@@ -24,6 +24,11 @@ import schedule
 from attack import pgd
 from lib import cli, distributed, fast, record, rng
 from lib.classifier import NotFiniteError, correct, norm, predict, refuse_nan
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 OPTIMIZERS = {'adam': torch.optim.Adam, 'sgd': torch.optim.SGD}
 
@@ -249,7 +254,10 @@ def peak_memory(device):
     """The most memory held at once so far, in GiB: of the device, or on a CPU of this process."""
     if torch.device(device).type == 'cuda':
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)  # from KiB
+    if resource is None:
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return round(unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30, 2)
 
 
 def save_checkpoint(folder, config, model, optimizer, averaged, log, trace):
@@ -343,7 +351,10 @@ def check(config):
         'eps': 0 <= config.eps <= 1,
         'eps_min eps_max': config.eps_min <= config.eps_max,
         'step_size': 0 < config.step_size <= 1 or config.eps == 0,
+        'lr': 0 <= config.lr < math.inf,
         'lr_warmup': 0 <= config.lr_warmup <= 1,
+        'momentum': 0 <= config.momentum < math.inf,
+        'weight_decay': 0 <= config.weight_decay < math.inf,
         'n_eval': 0 <= config.n_eval,
         'n_val': 0 <= config.n_val,
         'ema': config.ema is None or 0 < config.ema < 1,
@@ -355,6 +366,16 @@ def check(config):
             raise ValueError(f'{shown} is out of range')
     if config.eps_sched == 'constant' and (config.eps_min, config.eps_max) != (0, config.eps):
         raise ValueError('a constant eps is that of --eps: leave out --eps-min and --eps-max')
+
+
+def periods_without_eps(config):
+    """The lengths of the periods in which eps stays 0 although its target is not."""
+    ends = list(itertools.accumulate(config.periods))
+    largest = [
+        max(clock(config, epoch, 0, 1)[1] for epoch in range(end - length, end))
+        for end, length in zip(ends, config.periods)
+    ]
+    return [n for n, eps in zip(config.periods, largest) if eps == 0 < config.eps]
 
 
 def config_of(flags):
@@ -415,6 +436,10 @@ def main(argv=None):
     folder = pathlib.Path(args.out or f'ckpts/{name}_s{config.seed}')
     names = 'dataset', 'model', 'width', 'eps', 'eps_sched', 'periods'
     print(f'{folder} on {args.device}: {data.show_settings(names, vars(config))}')
+    for n in periods_without_eps(config) if config.clock == 'epoch' else ():
+        print(
+            f'warning: eps stays 0 in a period of {n} epoch(s); longer ones or --clock batch help'
+        )
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # a resumed run is bit-identical
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

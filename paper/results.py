@@ -148,7 +148,7 @@ def read(folder, defaults, left_out):
         'evaluations': [],
         'constant': 'yes',  # a diverged run is as bad as a constant classifier
         'minutes': sum(epoch['seconds'] for epoch in log) / 60,
-        'gib': max((epoch.get('gib', np.nan) for epoch in log), default=np.nan),
+        'gib': max((epoch.get('gib') or np.nan for epoch in log), default=np.nan),
         'overfitting': np.nan,
         **dict.fromkeys(('updates', 'n_updates', 'pgd', *ANALYSES)),
     }

@@ -330,6 +330,14 @@ def test_a_run_begun_on_a_gpu_goes_on_with_the_cpus_optimizer(tiny, tmp_path):
     assert same(tmp_path / 'moved', tmp_path / 'whole')
 
 
+def test_a_period_too_short_for_its_ramp_is_said_before_training(tiny, tmp_path, capsys):
+    train.main([*tiny, '--periodic', '--n-eval', '0', '--out', 'run'])
+    warning, *epochs = capsys.readouterr().out.splitlines()[1:]
+    assert 'eps stays 0 in a period of 1 epoch' in warning
+    train.main([*tiny, '--n-eval', '0', '--out', 'plain'])
+    assert 'warning' not in capsys.readouterr().out
+
+
 def test_a_collapse_to_a_constant_classifier_is_called_by_its_name(tiny, tmp_path, capsys):
     train.main([*tiny, '--eps-sched', 'constant', '--lr', '0.03', '--out', 'run'])
     assert log_of(tmp_path / 'run')[-1]['predicted_classes'] == 1
@@ -358,6 +366,7 @@ def test_the_budget_0_is_clean_training(tiny, tmp_path):
         ('--step-size eps/0', "--step-size: 'eps/0'"),
         ('--lr-warmup 2', '--lr-warmup 2.0 is out'),
         ('--n-eval -1', '--n-eval -1 is out'),
+        ('--lr nan', '--lr nan is out'),
         ('--n-val -1', '--n-val -1 is out'),
         ('--ema 1', '--ema 1.0 is out'),
         ('--restart none lr', '--restart lr none is out'),
