@@ -1,7 +1,9 @@
 import argparse
+import collections
 import importlib
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -46,21 +48,24 @@ def parsed(command):
 
 
 def settings(*flags, **environment):
-    """{folder: settings} of all runs that are trained, the same wherever a run is named."""
-    found, commands = {}, sum(listed(*flags, **environment)[0], [])
+    """The settings of all runs that are trained: of equal runs, and of no others, once."""
+    configs, commands = {}, sum(listed(*flags, **environment)[0], [])
     for args in (parsed(command) for command in commands if command[0] == 'train.py'):
         config = vars(train.settings(args))
-        assert found.setdefault(args.out, config) == config
-    return found
+        assert configs.setdefault(args.out, config) == config
+    assert len({str(config) for config in configs.values()}) == len(configs)
+    return configs.values()
 
 
-@pytest.mark.parametrize('size', [[], ['--small'], ['--quick']])
+@pytest.mark.parametrize('size', ['paper', 'small', 'quick'])
 def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
     (tmp_path / 'my images').mkdir()
-    jobs, last = listed(*size, DATA_DIR=str(tmp_path / 'my images'))
+    flags = [] if size == 'paper' else [f'--{size}']
+    jobs, last = listed(*flags, DATA_DIR=str(tmp_path / 'my images'))
     others = []
     for job in jobs:
         trained = {command[2] for command in job if command[0] == 'train.py'}
+        assert all(folder.startswith(f'ckpts/{size}/') for folder in trained)
         for command in (command for command in job if command[0] != 'train.py'):
             args = parsed(command)
             assert command[0] == 'theory.py' or args.data_dir == str(tmp_path / 'my images')
@@ -68,38 +73,52 @@ def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
             others.append(' '.join(command))
     assert len(set(others)) == len(others)
     landscapes = {f'landscape.py {name}' for name in ('similarity', 'surface', 'connect', 'dead')}
-    kinds = {command.split(' ckpts/')[0] for command in others}
-    assert kinds == landscapes | {'evaluate.py', 'hessian.py', 'theory.py'}
-    args = parsed(last)
-    for part in 'budget', 'rate', 'width':
-        studies = getattr(args, part)
-        assert {str(run) for study in studies for run in study} == set(settings(part, *size))
-        assert len(studies) == (2 if part == 'budget' and not size else 1)  # MNIST and CIFAR10
-    assert pathlib.Path(args.out) == pathlib.Path('results', *(name.strip('-') for name in size))
+    scripts = {command.split(' ckpts/')[0] for command in others}
+    assert scripts == landscapes | {'evaluate.py', 'hessian.py', 'theory.py'}
+    assert parsed(last).runs == [f'ckpts/{size}']
+    assert pathlib.Path(parsed(last).out) == pathlib.Path('results', *flags and [size])
+
+
+def test_small_has_five_seeds_but_three_of_mnist_at_04_and_three_pairs():
+    seeds = collections.defaultdict(str)  # of each measurement, in the order of its jobs
+    for command in map(' '.join, sum(listed('--small')[0], [])):
+        if not command.startswith(('train.py', 'theory.py')):
+            seeds[re.sub(r'_s\d ', '_s ', command)] += ''.join(re.findall(r'_s(\d) ', command))
+    cells = collections.Counter((c.split(' ckpts/')[0], seeds[c]) for c in seeds)
+    assert cells == {
+        ('evaluate.py', '01234'): 19 + 19 + 12,  # Table 1, AutoAttack, learning rates
+        ('evaluate.py', '012'): 6,
+        ('hessian.py', '01234'): 4,
+        ('landscape.py similarity', '01234'): 3,
+        ('landscape.py surface', '0'): 4,
+        ('landscape.py dead', '01234'): 6,
+        ('landscape.py connect', '012345'): 2,
+    }
+    assert all(('mnist_' in c and '_eps0.4_' in c) == (seeds[c] == '012') for c in seeds)
 
 
 def test_the_list_covers_the_papers_table():
     cifar = [f'cifar10 --model {m}{p}' for m in ('vgg', 'resnet18') for p in ('', ' --periodic')]
     rows = [f'--dataset {t} --eps-sched {s}' for t in ('mnist', *cifar) for s in SCHEDS]
     paper = [train.config_of(f'{row} --seed {seed}'.split()) for row in rows for seed in range(3)]
-    ours = [config | {'trace': None} for config in settings('table1').values()]
+    ours = [config | {'trace': None} for config in settings('table1')]
     assert len(paper) == len(ours) == 45 and all(config in paper for config in ours)
 
 
 def test_the_list_covers_the_papers_studies():
-    runs = settings('fig2', SEEDS='0').values()
+    runs = settings('fig2', SEEDS='0')
     eps = {(c['model'], round(c['eps'] * (255 if c['model'] == 'resnet18' else 10))) for c in runs}
     assert eps == {('resnet18', n) for n in (0, 2, 4, 8)} | {('lenet', n) for n in range(5)}
     assert all(c['trace'] == 2000 for c in runs)
-    rates = {(c['lr'], c['eps_sched'], c['lr_warmup']) for c in settings('fig5').values()}
+    rates = {(c['lr'], c['eps_sched'], c['lr_warmup']) for c in settings('fig5')}
     lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
     warmups = [(lr, 'constant', 0.5) for lr in lrs]
     assert rates == {(lr, sched, 0) for lr in lrs for sched in SCHEDS} | {*warmups}
-    widths = {(c['width'], c['eps']) for c in settings('c24').values()}
+    widths = {(c['width'], c['eps']) for c in settings('c24')}
     assert widths == {(width, eps) for width in (1, 2, 4, 16) for eps in (0, 0.4)}
-    assert {c['eps'] for c in settings('c25').values()} == {0, 0.4, 8 / 255}
+    assert {c['eps'] for c in settings('c25')} == {0, 0.4, 8 / 255}
     for size, share in ('--small', 1 / 8), ('--quick', 1 / 4):
-        runs = [c for c in settings(size).values() if c['dataset'] != 'cifar10']
+        runs = [c for c in settings(size) if c['dataset'] != 'cifar10']
         assert all(c['step_size'] == c['eps'] * share for c in runs)
 
 
@@ -108,7 +127,7 @@ def test_parts_seeds_and_shards_choose_the_jobs_and_a_typo_in_the_flags_none():
     parts = 'table1 rate width connect budget theory standard'.split()
     assert listed('--quick', *parts)[0] == whole
     assert listed('fig1')[0] == [[['theory.py']]]
-    assert {c['seed'] for c in settings('table1', SEEDS='7').values()} == {7}
+    assert {c['seed'] for c in settings('table1', SEEDS='7')} == {7}
     shards = [job for i in (1, 2, 3) for job in listed('--quick', '--shard', f'{i}/3')[0]]
     assert sorted(shards) == sorted(whole)
     out, err = run_all('--quick', '--list', '--', '--lrr', '1').communicate()
@@ -158,13 +177,12 @@ def start(tmp_path):
 
 
 def test_a_failed_job_is_named_with_its_log_and_stops_no_other(start):
-    process = start('--quick', BAD='train.py --out ckpts/quick/rate/mnist5k_lenet_linear')
+    process = start('--quick', BAD='lenet_linear_eps0.4_lr1e-3')
     out, _ = process.communicate()
-    log = 'logs/quick/rate/mnist5k_lenet_linear_eps0.4_lr1e-3_w4_s0.log'
+    log = 'logs/quick/mnist5k_lenet_linear_eps0.4_lr1e-3_w4_s0_rate.log'
     assert process.returncode == 1 and out.endswith(f'\n{log}: it broke\n')
     assert (start.folder / log).read_text() == 'it broke\n' and start.commands('landscape.py dead')
-    line = start.commands('report.py ckpts/quick --budget ckpts/quick/budget/')[0]
-    assert 'rate/mnist5k_lenet_warmup' in line and 'rate/mnist5k_lenet_linear' not in line
+    assert start.commands()[-1] == 'report.py ckpts/quick --out results/quick'
     assert start('--quick').wait() == 0  # and all is well
 
 
@@ -188,12 +206,12 @@ def test_a_job_is_run_again_only_if_its_command_its_files_or_the_code_have_chang
 
     assert trained() == 4 and trained() == 0 and trained('--', '--lr', '1') == 4
     assert trained() == 4 and trained() == 0
-    config = next(start.folder.glob('ckpts/quick/table1/*cosine*/config.json'))
+    config = next(start.folder.glob('ckpts/quick/*cosine*/config.json'))
     config.with_name('hessian.json').touch()  # by another part
     assert trained() == 0
     config.unlink()
     assert trained() == 1 and trained() == 0
-    next(start.folder.glob('logs/quick/table1/*.done')).write_text('')  # by a crash
+    next(start.folder.glob('logs/quick/*_table1.done')).write_text('')  # by a crash
     assert trained() == 1 and trained() == 0
     (start.folder / 'lib/code.py').write_text('pass')
     assert trained() == 4
