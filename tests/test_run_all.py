@@ -1,5 +1,4 @@
 import argparse
-import collections
 import importlib
 import os
 import pathlib
@@ -36,15 +35,11 @@ def listed(*flags, **environment):
 
 def parsed(command):
     """The flags that the main of a script gets from the command [script, *flags]."""
-    parse_args, seen = argparse.ArgumentParser.parse_args, []
-
-    def stop(parser, argv):
-        seen.append(parse_args(parser, argv))
-        sys.exit()
-
-    with mock.patch('argparse.ArgumentParser.parse_args', stop), pytest.raises(SystemExit):
+    parse_args = argparse.ArgumentParser.parse_args
+    stop = mock.patch('argparse.ArgumentParser.parse_args', lambda *a: sys.exit(parse_args(*a)))
+    with stop, pytest.raises(SystemExit) as end:
         importlib.import_module(command[0].removesuffix('.py')).main(command[1:])
-    return seen[0]
+    return end.value.code
 
 
 def settings(*flags, **environment):
@@ -62,7 +57,7 @@ def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
     (tmp_path / 'my images').mkdir()
     flags = [] if size == 'paper' else [f'--{size}']
     jobs, last = listed(*flags, DATA_DIR=str(tmp_path / 'my images'))
-    others = []
+    measurements = []
     for job in jobs:
         trained = {command[2] for command in job if command[0] == 'train.py'}
         assert all(folder.startswith(f'ckpts/{size}/') for folder in trained)
@@ -70,61 +65,50 @@ def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
             args = parsed(command)
             assert command[0] == 'theory.py' or args.data_dir == str(tmp_path / 'my images')
             assert trained >= {word for word in command if word.startswith('ckpts/')}  # no waiting
-            others.append(' '.join(command))
-    assert len(set(others)) == len(others)
-    landscapes = {f'landscape.py {name}' for name in ('similarity', 'surface', 'connect', 'dead')}
-    scripts = {command.split(' ckpts/')[0] for command in others}
-    assert scripts == landscapes | {'evaluate.py', 'hessian.py', 'theory.py'}
+            measurements.append(' '.join(command))
+    assert len(set(measurements)) == len(measurements)
+    scripts = {line.split(' ckpts/')[0].removeprefix('landscape.py ') for line in measurements}
+    assert scripts == {*'evaluate.py hessian.py theory.py similarity surface connect dead'.split()}
     assert parsed(last).runs == [f'ckpts/{size}']
     assert pathlib.Path(parsed(last).out) == pathlib.Path('results', *flags and [size])
 
 
 def test_small_has_five_seeds_but_three_of_mnist_at_04_and_three_pairs():
-    seeds = collections.defaultdict(str)  # of each measurement, in the order of its jobs
-    for command in map(' '.join, sum(listed('--small')[0], [])):
-        if not command.startswith(('train.py', 'theory.py')):
-            seeds[re.sub(r'_s\d ', '_s ', command)] += ''.join(re.findall(r'_s(\d) ', command))
-    cells = collections.Counter((c.split(' ckpts/')[0], seeds[c]) for c in seeds)
-    assert cells == {
-        ('evaluate.py', '01234'): 19 + 19 + 12,  # Table 1, AutoAttack, learning rates
-        ('evaluate.py', '012'): 6,
-        ('hessian.py', '01234'): 4,
-        ('landscape.py similarity', '01234'): 3,
-        ('landscape.py surface', '0'): 4,
-        ('landscape.py dead', '01234'): 6,
-        ('landscape.py connect', '012345'): 2,
-    }
-    assert all(('mnist_' in c and '_eps0.4_' in c) == (seeds[c] == '012') for c in seeds)
+    seeds = {}  # of each measurement, in the order of its jobs
+    for command in (' '.join(c) for c in sum(listed('--small')[0], []) if c[0] != 'train.py'):
+        cell = re.sub(r'_s\d ', '_s ', command)
+        seeds[cell] = seeds.get(cell, '') + ''.join(re.findall(r'_s(\d) ', command))
+    fixed = {'landscape.py connect': '012345', 'landscape.py surface': '0', 'theory.py': ''}
+    for cell in seeds:
+        usual = '012' if re.search('mnist_.*_eps0.4_', cell) else '01234'
+        assert seeds[cell] == fixed.get(cell.split(' ckpts/')[0], usual)
+    assert sum(cell.startswith('evaluate.py') for cell in seeds) == 2 * (19 + 3) + 12
 
 
-def test_the_list_covers_the_papers_table():
+def test_the_list_covers_the_papers_table_and_studies():
     cifar = [f'cifar10 --model {m}{p}' for m in ('vgg', 'resnet18') for p in ('', ' --periodic')]
     rows = [f'--dataset {t} --eps-sched {s}' for t in ('mnist', *cifar) for s in SCHEDS]
     paper = [train.config_of(f'{row} --seed {seed}'.split()) for row in rows for seed in range(3)]
     ours = [config | {'trace': None} for config in settings('table1')]
     assert len(paper) == len(ours) == 45 and all(config in paper for config in ours)
-
-
-def test_the_list_covers_the_papers_studies():
     runs = settings('fig2', SEEDS='0')
-    eps = {(c['model'], round(c['eps'] * (255 if c['model'] == 'resnet18' else 10))) for c in runs}
-    assert eps == {('resnet18', n) for n in (0, 2, 4, 8)} | {('lenet', n) for n in range(5)}
+    eps = [('resnet18', n / 255) for n in (0, 2, 4, 8)] + [('lenet', n / 10) for n in range(5)]
+    assert {(c['model'], c['eps']) for c in runs} == {*eps}
     assert all(c['trace'] == 2000 for c in runs)
     rates = {(c['lr'], c['eps_sched'], c['lr_warmup']) for c in settings('fig5')}
+    scheds = [('constant', 0.5), *((sched, 0) for sched in SCHEDS)]
     lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    warmups = [(lr, 'constant', 0.5) for lr in lrs]
-    assert rates == {(lr, sched, 0) for lr in lrs for sched in SCHEDS} | {*warmups}
+    assert rates == {(lr, *sched) for lr in lrs for sched in scheds}
     widths = {(c['width'], c['eps']) for c in settings('c24')}
     assert widths == {(width, eps) for width in (1, 2, 4, 16) for eps in (0, 0.4)}
     assert {c['eps'] for c in settings('c25')} == {0, 0.4, 8 / 255}
-    for size, share in ('--small', 1 / 8), ('--quick', 1 / 4):
-        runs = [c for c in settings(size) if c['dataset'] != 'cifar10']
-        assert all(c['step_size'] == c['eps'] * share for c in runs)
+    for size, n in ('--small', 8), ('--quick', 4):
+        assert all(c['step_size'] in (c['eps'] / n, 2.5 / 255) for c in settings(size))
 
 
 def test_parts_seeds_and_shards_choose_the_jobs_and_a_typo_in_the_flags_none():
-    whole, _ = listed('--quick')
-    parts = 'table1 rate width connect budget theory standard'.split()
+    whole = listed('--quick')[0]
+    parts = 'theory', 'rate', 'width', 'connect', 'budget', 'standard', 'table1'
     assert listed('--quick', *parts)[0] == whole
     assert listed('fig1')[0] == [[['theory.py']]]
     assert {c['seed'] for c in settings('table1', SEEDS='7')} == {7}
@@ -141,10 +125,10 @@ case "$*" in
     "-m venv"*) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
 esac
 echo "$@" >> "$COMMANDS"
-case "$*" in *"$BAD"*) echo it broke; exit 3 ;; esac
-case "$*" in *"$HOLD"*) while [ -e hold ]; do sleep .05; done ;; esac
-[ "$1" != train.py ] || { mkdir -p $3 && touch $3/config.json; }
-[ "$1" != theory.py ] || { mkdir -p evals && touch evals/theory.json; }
+case "$*" in *"${BAD:-none}"*) echo it broke; exit 3 ;; esac
+case "$*" in *"${HOLD:-none}"*) while [ -e hold ]; do sleep .05; done ;; esac
+case $1 in train.py) result=$3/config.json ;; theory.py) result=evals/theory.json ;; *) exit ;; esac
+mkdir -p "${result%/*}" && touch "$result"
 """
 
 
@@ -152,19 +136,15 @@ case "$*" in *"$HOLD"*) while [ -e hold ]; do sleep .05; done ;; esac
 def start(tmp_path):
     """Starts run_all.sh in `folder`, with a python that notes its `commands`, fails at those with
     BAD, and waits at those with HOLD while the file `hold` exists."""
-    folder = tmp_path / 'my folder'
-    folder.mkdir()
+    folder, log = tmp_path / 'my folder', tmp_path / 'my folder/commands'
+    for name in 'hold', 'commands', 'code.py', 'lib/code.py', 'paper/code.py':
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
     for name in 'run_all.sh', 'requirements.txt':
         (folder / name).write_bytes((HERE / name).read_bytes())
     (folder / 'python3').write_text(STUB)
     (folder / 'python3').chmod(0o755)
-    (folder / 'hold').touch()
-    for name in 'code.py', 'lib/code.py', 'paper/code.py':
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).touch()
-    (log := folder / 'commands').touch()
-    stub = {'PYTHON': str(folder / 'python3'), 'COMMANDS': str(log), 'JOBS': '1'}
-    stub |= {'BAD': 'none', 'HOLD': 'none', 'SEEDS': '0'}
+    stub = {'PYTHON': str(folder / 'python3'), 'COMMANDS': str(log), 'JOBS': '1', 'SEEDS': '0'}
 
     def go(*flags, **environment):
         return run_all(*flags, folder=folder, **stub | environment)
@@ -199,28 +179,22 @@ def test_killed_by_force_it_begins_no_further_job_and_resumes_when_run_again(sta
 
 
 def test_a_job_is_run_again_only_if_its_command_its_files_or_the_code_have_changed(start):
-    def trained(*flags):
-        before = len(start.commands('train.py'))
-        assert start('--quick', 'table1', *flags).wait() == 0
-        return len(start.commands('train.py')) - before
+    def jobs(*flags):
+        before = len(start.commands())
+        assert start('--quick', 'table1', 'theory', *flags).wait() == 0
+        return sum(line.startswith(('train', 'theory')) for line in start.commands()[before:])
 
-    assert trained() == 4 and trained() == 0 and trained('--', '--lr', '1') == 4
-    assert trained() == 4 and trained() == 0
+    assert [jobs(), jobs(), jobs('--', '--lr', '1'), jobs(), jobs()] == [5, 0, 4, 4, 0]
     config = next(start.folder.glob('ckpts/quick/*cosine*/config.json'))
     config.with_name('hessian.json').touch()  # by another part
-    assert trained() == 0
-    config.unlink()
-    assert trained() == 1 and trained() == 0
+    assert jobs() == 0
+    for lost in config, start.folder / 'evals/theory.json':
+        lost.unlink()
+        assert jobs() == 1 and jobs() == 0
     next(start.folder.glob('logs/quick/*_table1.done')).write_text('')  # by a crash
-    assert trained() == 1 and trained() == 0
+    assert jobs() == 1 and jobs() == 0
     (start.folder / 'lib/code.py').write_text('pass')
-    assert trained() == 4
-    (python := start.folder.parent / 'python3').symlink_to(start.folder / 'python3')
-    for lost, n in (False, 1), (False, 1), (True, 2):
-        if lost:
-            (start.folder / 'evals' / 'theory.json').unlink()
-        assert start('theory', PYTHON=str(python)).wait() == 0
-        assert len(start.commands('theory.py')) == n
+    assert jobs() == 5
 
 
 def test_jobs_run_side_by_side_and_so_do_two_runners(start):
@@ -233,9 +207,8 @@ def test_jobs_run_side_by_side_and_so_do_two_runners(start):
 
 def test_a_scheduler_can_run_the_list_and_flags_are_no_shell_code(start):
     lines, _ = start('--quick', '--list', '--', '--lr', '1; touch pwned #').communicate()
-    stub = {'COMMANDS': 'commands', 'BAD': 'none', 'HOLD': 'none'}
-    xargs = ['xargs', '-d', '\n', '-P', '2', '-I{}', 'bash', '-c', '{}']
-    subprocess.run(xargs, input=lines, text=True, cwd=start.folder, env=os.environ | stub)
+    xargs, stub = r"xargs -d '\n' -P 2 -I{} bash -c '{}'", os.environ | {'COMMANDS': 'commands'}
+    subprocess.run(xargs, shell=True, input=lines, text=True, cwd=start.folder, env=stub)
     assert len(start.commands('.py')) == lines.count('.py') > 30
     assert not (start.folder / 'pwned').exists()
 
@@ -257,13 +230,13 @@ def test_without_packages_two_workers_make_one_environment(start):
     assert start.commands('-m pip install') and not (start.folder / '.venv.lock').exists()
 
 
-REFUSED = 'fig7', '--shard', '--shard 0/2', '--shard 3/2', '-- --seed', '-- --out', '-- --data-dir'
-WRONG = 'SEEDS=0,1', 'DATA_DIR=/nowhere', 'PYTHON=/nowhere/python3'
+FLAGS = 'fig7', '--shard', '--shard 0/2', '--shard 3/2', '-- --seed', '-- --out', '-- --data-dir'
+ENVIRONMENT = 'SEEDS=0,1', 'DATA_DIR=/nowhere', 'PYTHON=/nowhere/python3'
 
 
-@pytest.mark.parametrize('words', [*REFUSED, *WRONG])
+@pytest.mark.parametrize('words', [*FLAGS, *ENVIRONMENT])
 def test_what_cannot_be_done_is_said_before_the_first_job(start, words):
-    flags, environment = (words.split(), {}) if words in REFUSED else ([], [words.split('=')])
-    process = start('--quick', *flags, **dict(environment))
-    assert words.replace('=', ' ').split()[-1] in process.communicate()[0]
+    flags = words.split() if words in FLAGS else []
+    process = start('--quick', *flags, **dict([words.split('=')] if '=' in words else []))
+    assert re.split('[ =]', words)[-1] in process.communicate()[0]
     assert process.returncode == 1 and not start.commands()
