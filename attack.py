@@ -1,4 +1,4 @@
-"""The l_inf attacks: PGD and APGD, and the tables of attacks with Square and FAB.
+"""The l_inf attacks PGD, APGD, Square and FAB, and the tables of attacks.
 
 An attack is a pure function (model, x, y, eps, ...) -> x_adv of images x in [0, 1], (N, C, H, W) of
 any float type, and labels y, (N,) of any integer type. It searches the box
@@ -13,8 +13,8 @@ All raise ValueError for bad arguments, for a model that does not return logits,
 logits or gradients.
 """
 
-import functools
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -30,7 +30,7 @@ from lib.classifier import (
     wrong_classes,
 )
 from lib.rng import uniform
-from lib.search import attack, box, per_image, run_in_full_batches
+from lib.search import attack, box, check_counts, per_image, run_in_full_batches
 
 
 @attack
@@ -40,6 +40,9 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
     It starts uniformly within +-`start` of x (step_size unless given, as in the paper's code; often
     eps elsewhere) and returns the last of `n_iter` signed steps.
     """
+    check_counts(n_iter=n_iter)
+    if not step_size > 0:
+        raise ValueError(f'step_size must be above 0, got {step_size}')
     x_adv = x.clone()
     start = step_size if start is None else start
     nan = flag(x)
@@ -52,7 +55,7 @@ def pgd(model, x, y, eps, step_size, n_iter, *, start=None, seed=0, index=None, 
 
 
 def pgd_loop(model, x, y, noise, x_adv, eps, step_size, n_iter, start):
-    """The loop of `pgd`: writes its result into `x_adv`, for a start drawn with `noise` in [0, 1).
+    """PGD of a batch, for a start drawn with `noise` in [0, 1); its result is written into `x_adv`.
 
     eps, step_size and start may be tensors, (). Returns whether a loss or gradient was nan, ().
     Nothing here waits for the device.
@@ -89,18 +92,17 @@ def apgd(
     `loss` is 'ce' or 'dlr'. With n_targets it is the targeted DLR, and the restarts aim at the
     n_targets most likely wrong classes of the image, one each (APGD-T).
 
-    Returns the first misclassified point found for each image, at which its search ends, or else
-    the point of highest loss. Images that are misclassified from the start stay as they are. With
-    best_loss=True no search ends before the last restart, and the point of highest loss is
-    returned: an estimate of the maximum inside L_eps.
+    Returns the first misclassified point of each image, possibly the image itself, or else the
+    point of highest loss; with best_loss=True always that, an estimate of the maximum in L_eps.
     """
+    check_counts(n_iter=n_iter, n_restarts=n_restarts, n_targets=n_targets)
     if loss not in LOSSES:
-        raise ValueError(f'apgd: loss must be one of {", ".join(LOSSES)}, got {loss!r}')
+        raise ValueError(f'loss must be one of {", ".join(LOSSES)}, got {loss!r}')
     x_adv = x.clone()
     best = x.new_full((len(x),), -math.inf)  # inf: a misclassified point is found
     if not best_loss:
         best[~correct(model, x, y, batch_size)] = math.inf
-    restarts = torch.zeros_like(y)
+    restarts = torch.zeros_like(y)  # of each image, so far
     checkpoints = y.new_tensor(apgd_checkpoints(n_iter))
     if n_targets:
         targets = wrong_classes(model, x, y, n_targets, batch_size)
@@ -108,24 +110,24 @@ def apgd(
 
     def start(rows):
         noise = uniform(f'apgd {loss}', seed, index[rows], x.shape[1:], x, restarts[rows])
-        s = apgd_start(x[rows], y[rows], rows, noise, eps)
+        return apgd_start(x[rows], y[rows], rows, noise, eps)
+
+    def advance(state):
+        criterion = LOSSES[loss]
         if n_targets:
-            s.target = targets[rows, restarts[rows]]
-        return s
-
-    def advance(s):
-        criterion = functools.partial(targeted_dlr, target=s.target) if n_targets else LOSSES[loss]
+            criterion = partial(targeted_dlr, target=targets[state.rows, restarts[state.rows]])
         nan = flag(x)
-        for _ in range(min(4, n_iter + 1 - int(s.k.max()))):  # then looks at which are done
-            nan |= apgd_step(s, model, criterion, checkpoints, rho, best_loss)
-        return (s.k > n_iter) | (s.loss_best == math.inf), nan
+        for _ in range(min(4, n_iter + 1 - int(state.k.max()))):  # then looks at which are done
+            nan |= apgd_step(state, model, criterion, checkpoints, rho, best_loss)
+        return (state.k > n_iter) | (state.loss_best == math.inf), nan
 
-    def finish(s):
-        better = s.loss_best > best[s.rows]
-        x_adv[s.rows] = torch.where(per_image(better), s.x_best, x_adv[s.rows])
-        best[s.rows] = torch.maximum(s.loss_best, best[s.rows])
-        restarts[s.rows] += 1
-        return s.rows[(restarts[s.rows] < n_restarts) & (best[s.rows] < math.inf)]
+    def finish(state):
+        rows = state.rows
+        better = state.loss_best > best[rows]
+        x_adv[rows] = torch.where(per_image(better), state.x_best, x_adv[rows])
+        best[rows] = torch.maximum(state.loss_best, best[rows])
+        restarts[rows] += 1
+        return rows[(restarts[rows] < n_restarts) & (best[rows] < math.inf)]
 
     run_in_full_batches((best < math.inf).nonzero().squeeze(1), batch_size, start, advance, finish)
     return x_adv
@@ -135,48 +137,54 @@ def apgd_start(x, y, rows, noise, eps):
     """The state of APGD for the images x at `rows`, at a start drawn with `noise` in [0, 1)."""
     low, high = box(x, eps)
     noise = 2 * noise - 1
-    x_k = torch.clamp(x + eps * noise / noise.abs().amax((1, 2, 3), keepdim=True), low, high)
+    x_0 = torch.clamp(x + eps * noise / noise.abs().amax((1, 2, 3), keepdim=True), low, high)
     zeros = x.new_zeros(len(x))
-    s = SimpleNamespace(rows=rows, y=y, low=low, high=high, x_k=x_k, x_prev=x_k, x_best=x_k)
-    s.k = torch.zeros_like(y)
-    s.eta = zeros + 2 * eps
-    s.loss = zeros + math.inf  # the first step is no rise
-    s.loss_best, s.grad_best = zeros - math.inf, torch.zeros_like(x)
-    s.rises = zeros  # of the loss since the last checkpoint
-    s.checked_k, s.checked_loss, s.halved = zeros, zeros - math.inf, zeros.bool()  # at it
-    return s
+    state = SimpleNamespace(rows=rows, y=y, low=low, high=high, k=torch.zeros_like(y))
+    state.x_k = state.x_prev = state.x_best = x_0
+    state.eta = zeros + 2 * eps
+    state.loss = zeros + math.inf  # at x_prev; the first step is no rise
+    state.loss_best, state.grad_best = zeros - math.inf, torch.zeros_like(x)
+    state.rises = zeros  # of the loss since the last checkpoint
+    # at the last checkpoint: k, loss_best, and whether eta was halved
+    state.checked_k, state.checked_loss, state.halved = zeros, zeros - math.inf, zeros.bool()
+    return state
 
 
-def apgd_step(s, model, criterion, checkpoints, rho, best_loss):
-    """One iteration of Algorithm 1 for each image, whose k may differ: evaluates x_k and moves it.
-    Returns whether a loss or gradient was nan, ()."""
-    loss, logits, grad = loss_and_gradient(model, s.x_k, s.y, criterion)
+def apgd_step(state, model, criterion, checkpoints, rho, best_loss):
+    """One iteration of Algorithm 1 for each image, whose k may differ: judges x_k by lines 9 to 14,
+    then moves it by lines 7 and 8. Returns whether a loss or gradient was nan, ()."""
+    x_k, k = state.x_k, state.k
+    loss, logits, grad = loss_and_gradient(model, x_k, state.y, criterion)
     nan = has_nan(loss, grad)
     if not best_loss:
-        loss = loss.masked_fill(logits.argmax(1) != s.y, math.inf)
-    s.rises = s.rises + (loss > s.loss)
-    better = loss > s.loss_best
-    s.loss_best = torch.where(better, loss, s.loss_best)
-    s.x_best = torch.where(per_image(better), s.x_k, s.x_best)
-    s.grad_best = torch.where(per_image(better), grad, s.grad_best)
+        loss = loss.masked_fill(logits.argmax(1) != state.y, math.inf)
+    state.rises = state.rises + (loss > state.loss)
+    better = loss > state.loss_best
+    state.loss_best = torch.where(better, loss, state.loss_best)
+    state.x_best = torch.where(per_image(better), x_k, state.x_best)
+    state.grad_best = torch.where(per_image(better), grad, state.grad_best)
+
     # at a checkpoint, under condition 1 or 2, eta is halved and x_k returns to the best point
-    check = torch.isin(s.k, checkpoints)
-    few_rises = s.rises < rho * (s.k - s.checked_k)
-    stagnant = ~s.halved & (s.loss_best <= s.checked_loss)
-    halve = check & (few_rises | stagnant)
-    s.eta = torch.where(halve, s.eta / 2, s.eta)
-    s.loss = torch.where(halve, s.loss_best, loss)
-    x_k = torch.where(per_image(halve), s.x_best, s.x_k)
-    grad = torch.where(per_image(halve), s.grad_best, grad)
-    s.halved = torch.where(check, halve, s.halved)
-    s.checked_loss = torch.where(check, s.loss_best, s.checked_loss)
-    s.checked_k = torch.where(check, s.k, s.checked_k)
-    s.rises = s.rises.masked_fill(check, 0)
+    check = torch.isin(k, checkpoints)
+    condition_1 = state.rises < rho * (k - state.checked_k)
+    condition_2 = ~state.halved & (state.loss_best <= state.checked_loss)
+    halve = check & (condition_1 | condition_2)
+    state.eta = torch.where(halve, state.eta / 2, state.eta)
+    state.loss = torch.where(halve, state.loss_best, loss)
+    x_k = torch.where(per_image(halve), state.x_best, x_k)
+    grad = torch.where(per_image(halve), state.grad_best, grad)
+    state.halved = torch.where(check, halve, state.halved)
+    state.checked_loss = torch.where(check, state.loss_best, state.checked_loss)
+    state.checked_k = torch.where(check, k, state.checked_k)
+    state.rises = state.rises.masked_fill(check, 0)
+
     # z = P(x_k + eta sign(grad)), then x_k+1 = P(x_k + a (z - x_k) + (1 - a) (x_k - x_k-1))
-    z = torch.addcmul(x_k, per_image(s.eta), grad.sign()).clamp_(s.low, s.high)
-    a = per_image(1 - 0.25 * (s.k > 0).to(x_k))
-    x_next = x_k.lerp(z, a).addcmul_(1 - a, x_k - s.x_prev).clamp_(s.low, s.high)
-    s.x_prev, s.x_k, s.k = x_k, x_next, s.k + 1
+    low, high = state.low, state.high
+    z = torch.addcmul(x_k, per_image(state.eta), grad.sign()).clamp_(low, high)
+    a = per_image(1 - 0.25 * (k > 0).to(x_k))
+    state.x_k = x_k.lerp(z, a).addcmul_(1 - a, x_k - state.x_prev).clamp_(low, high)
+    state.x_prev = x_k
+    state.k = k + 1
     return nan
 
 
@@ -199,51 +207,62 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
     of a size that shrinks on a schedule (`square_side`), to +-eps in each channel, and is kept if
     the margin falls. The search for an image ends once it is misclassified, possibly at once.
     """
+    check_counts(n_queries=n_queries)
     if not 0 < p_init <= 1:
-        raise ValueError(f'square: p_init must be above 0 and at most 1, got {p_init}')
+        raise ValueError(f'p_init must be above 0 and at most 1, got {p_init}')
     channels, height, width = x.shape[1:]
     x_adv = x.clone()
-    nan = flag(x)
     sides = [square_side(query, p_init, height, width) for query in range(n_queries + 1)]
     sides = torch.tensor(sides, device=x.device)
 
-    def measure(x_adv, y):
-        logits = logits_of(model, x_adv)
-        margins = margin(logits, y)
-        nan.logical_or_(has_nan(logits, margins))
-        return margins.masked_fill(logits.argmax(1) != y, -math.inf)
-
     def start(rows):
-        low, high = box(x[rows], eps)
+        state = SimpleNamespace(rows=rows, y=y[rows], query=torch.full_like(rows, 2))  # the next
+        state.low, state.high = box(x[rows], eps)
         stripes = uniform('square', seed, index[rows], (channels, 1, width), x, 1) < 0.5
-        s = SimpleNamespace(rows=rows, y=y[rows], low=low, high=high)
-        s.query = torch.full_like(rows, 2)
-        s.x_adv = torch.where(stripes, low, high)
-        s.best = measure(s.x_adv, s.y) if len(rows) else x.new_zeros(0)
-        return s
+        state.x_adv, state.margin = torch.where(stripes, state.low, state.high), x.new_zeros(0)
+        if len(rows):
+            state.margin, nan = square_margin(model, state.x_adv, state.y)
+            refuse_nan(nan)
+        return state
 
-    def advance(s):
-        n = min(20, n_queries + 1 - int(s.query.max()))  # then looks at which are done
-        queries = s.query + torch.arange(n, device=x.device)[:, None]
-        draws = uniform('square', seed, index[s.rows], (2 + channels,), x, queries)
-        for u, side in zip(draws, sides[queries]):
-            rows = window_mask(u[:, 0], side, height)[:, None, :, None]
-            columns = window_mask(u[:, 1], side, width)[:, None, None, :]
-            signed = torch.where(per_image(u[:, 2:] < 0.5), s.low, s.high)
-            x_new = torch.where(rows & columns, signed, s.x_adv)
-            new = measure(x_new, s.y)
-            s.x_adv = torch.where(per_image(new < s.best), x_new, s.x_adv)
-            s.best = torch.minimum(new, s.best)
-        s.query = s.query + len(queries)
-        return (s.query > n_queries) | (s.best == -math.inf), nan
+    def advance(state):
+        nan = flag(x)
+        n = min(20, n_queries + 1 - int(state.query.max()))  # then looks at which are done
+        queries = state.query + torch.arange(n, device=x.device)[:, None]
+        noise = uniform('square', seed, index[state.rows], (2 + channels,), x, queries)
+        for query in range(n):
+            nan |= square_step(state, model, sides[queries[query]], noise[query])
+        return (state.query > n_queries) | (state.margin == -math.inf), nan
 
-    def finish(s):
-        x_adv[s.rows] = s.x_adv
-        return s.rows[:0]
+    def finish(state):
+        x_adv[state.rows] = state.x_adv
+        return state.rows[:0]
 
     standing = correct(model, x, y, batch_size).nonzero().squeeze(1)
     run_in_full_batches(standing, batch_size, start, advance, finish)
     return x_adv
+
+
+def square_step(state, model, side, noise):
+    """One iteration of Algorithm 1, with Algorithm 2's window of `side`, (N,), at a place and with
+    signs that are drawn with `noise` in [0, 1), (N, 2 + C). Returns whether a logit was nan, ()."""
+    height, width = state.x_adv.shape[2:]
+    window_rows = window_mask(noise[:, 0], side, height)[:, None, :, None]
+    window_columns = window_mask(noise[:, 1], side, width)[:, None, None, :]
+    signed = torch.where(per_image(noise[:, 2:] < 0.5), state.low, state.high)
+    x_new = torch.where(window_rows & window_columns, signed, state.x_adv)
+    margin, nan = square_margin(model, x_new, state.y)
+    state.x_adv = torch.where(per_image(margin < state.margin), x_new, state.x_adv)
+    state.margin = torch.minimum(margin, state.margin)
+    state.query = state.query + 1
+    return nan
+
+
+def square_margin(model, x, y):
+    """The margins of images, (N,), -inf where they are misclassified; and whether one was nan."""
+    logits = logits_of(model, x)
+    margins = margin(logits, y)  # nan if any logit is
+    return margins.masked_fill(logits.argmax(1) != y, -math.inf), has_nan(margins)
 
 
 def square_side(query, p_init, height, width):
@@ -275,12 +294,13 @@ def fab(
     index=None,
     batch_size=250,
 ):
-    """FAB-T: seeks the nearest misclassified point, towards each of the n_targets most likely wrong
-    classes of the image in turn, for n_iter iterations each.
+    """FAB-T (Croce & Hein 2020): seeks the nearest misclassified point, towards each of the
+    n_targets most likely wrong classes of the image in turn, for n_iter iterations each.
 
     Returns a misclassified point within eps of each image where it finds one, else the image.
     Nothing is random.
     """
+    check_counts(n_iter=n_iter, n_targets=n_targets)
     settings = n_iter, n_targets, alpha_max, eta, beta, batch_size
     x_adv, distance = nearest_points(model, x, y, eps, *settings)
     return torch.where(per_image(distance <= eps), x_adv, x)
@@ -290,54 +310,56 @@ def nearest_points(model, x, y, enough, n_iter, n_targets, alpha_max, eta, beta,
     """The nearest misclassified points found and their l_inf distances, (N,), infinite where there
     is none. The search for an image ends at a distance of `enough`."""
     x_adv = x.clone()
-    tried = torch.zeros_like(y)  # targets of each image
+    tried = torch.zeros_like(y)  # targets of each image, so far
     distance = x.new_zeros(len(x)).masked_fill(correct(model, x, y, batch_size), math.inf)
     targets = wrong_classes(model, x, y, n_targets, batch_size)
 
     def start(rows):
-        s = SimpleNamespace(rows=rows, x=x[rows], y=y[rows], k=torch.zeros_like(rows))
-        s.target, s.distance = targets[rows, tried[rows]], distance[rows]
-        s.x_k, s.x_best = s.x, x_adv[rows]
-        return s
+        state = SimpleNamespace(rows=rows, x=x[rows], y=y[rows], k=torch.zeros_like(rows))
+        state.target, state.x_k = targets[rows, tried[rows]], state.x
+        state.x_best, state.distance = x_adv[rows], distance[rows]
+        return state
 
-    def advance(s):
-        nan = fab_step(s, model, alpha_max, eta, beta)
-        return (s.k == n_iter) | (s.distance <= enough), nan
+    def advance(state):
+        nan = fab_step(state, model, alpha_max, eta, beta)
+        return (state.k == n_iter) | (state.distance <= enough), nan
 
-    def finish(s):
-        x_adv[s.rows], distance[s.rows] = s.x_best, s.distance
-        tried[s.rows] += 1
-        return s.rows[(tried[s.rows] < targets.shape[1]) & (s.distance > enough)]
+    def finish(state):
+        rows = state.rows
+        x_adv[rows], distance[rows] = state.x_best, state.distance
+        tried[rows] += 1
+        return rows[(tried[rows] < targets.shape[1]) & (state.distance > enough)]
 
-    waiting = (distance == math.inf).nonzero().squeeze(1)
-    run_in_full_batches(waiting, batch_size, start, advance, finish)
+    standing = (distance == math.inf).nonzero().squeeze(1)
+    run_in_full_batches(standing, batch_size, start, advance, finish)
     return x_adv, distance
 
 
-def fab_step(s, model, alpha_max, eta, beta):
-    """One iteration: projects x_k and the image onto the boundary between label and target,
-    linearised at x_k, and moves to a point between both projections, a little beyond it. Returns
-    whether a logit or gradient was nan, ()."""
+def fab_step(state, model, alpha_max, eta, beta):
+    """One iteration of Algorithm 1's inner loop: projects x_k and the image onto the boundary
+    between label and target, linearised at x_k, and moves to a point between both projections, a
+    little beyond it. Returns whether a logit or gradient was nan, ()."""
 
     def difference(logits, y):
-        both = logits.gather(1, torch.stack([y, s.target], 1))
+        both = logits.gather(1, torch.stack([y, state.target], 1))
         return both[:, 0] - both[:, 1]
 
-    gap, _, w = loss_and_gradient(model, s.x_k, s.y, difference)
-    d_k = to_plane(s.x_k, w, gap)
-    d_0 = to_plane(s.x, w, gap + ((s.x - s.x_k) * w).flatten(1).sum(1))
-    a_k, a_0 = (per_image(length(d).clamp(min=1e-8)) for d in (d_k, d_0))
-    alpha = (a_k / (a_k + a_0)).clamp(max=alpha_max)
-    x_k = ((1 - alpha) * (s.x_k + eta * d_k) + alpha * (s.x + eta * d_0)).clamp_(0, 1)
+    x, x_k = state.x, state.x_k
+    gap, _, w = loss_and_gradient(model, x_k, state.y, difference)
+    d_k = to_plane(x_k, w, gap)
+    d_0 = to_plane(x, w, gap + ((x - x_k) * w).flatten(1).sum(1))
+    length_k, length_0 = (per_image(length(d).clamp(min=1e-8)) for d in (d_k, d_0))
+    alpha = (length_k / (length_k + length_0)).clamp(max=alpha_max)
+    x_k = ((1 - alpha) * (x_k + eta * d_k) + alpha * (x + eta * d_0)).clamp_(0, 1)
     logits = logits_of(model, x_k)
-    fooled = logits.argmax(1) != s.y
-    moved = length(x_k - s.x)
-    better = fooled & (moved < s.distance)
-    s.distance = torch.where(better, moved, s.distance)
-    s.x_best = torch.where(per_image(better), x_k, s.x_best)
+    misclassified = logits.argmax(1) != state.y
+    distance = length(x_k - x)
+    better = misclassified & (distance < state.distance)
+    state.distance = torch.where(better, distance, state.distance)
+    state.x_best = torch.where(per_image(better), x_k, state.x_best)
     # a misclassified point moves back towards the image, so that it crosses the boundary again
-    s.x_k = torch.where(per_image(fooled), s.x + beta * (x_k - s.x), x_k)
-    s.k = s.k + 1
+    state.x_k = torch.where(per_image(misclassified), x + beta * (x_k - x), x_k)
+    state.k = state.k + 1
     return has_nan(gap, w, logits)
 
 
@@ -403,18 +425,18 @@ LOSSES = {'ce': cross_entropy, 'dlr': dlr}
 # The attacks of Table 1. What is left open, eps and the steps of PGD, comes from the run.
 ATTACKS = {
     'pgd': pgd,
-    'pgd100': functools.partial(pgd, n_iter=100),
-    'apgd100_ce': functools.partial(apgd, n_iter=100, n_restarts=5, loss='ce'),
-    'apgd100_dlr': functools.partial(apgd, n_iter=100, n_restarts=5, loss='dlr'),
-    'square5k': functools.partial(square, n_queries=5000, p_init=0.8),
+    'pgd100': partial(pgd, n_iter=100),
+    'apgd100_ce': partial(apgd, n_iter=100, n_restarts=5, loss='ce'),
+    'apgd100_dlr': partial(apgd, n_iter=100, n_restarts=5, loss='dlr'),
+    'square5k': partial(square, n_queries=5000, p_init=0.8),
 }
 
 # AutoAttack's standard evaluation: each attack gets the images that those before it did not fool.
 STANDARD = {
-    'apgd_ce': functools.partial(apgd, n_iter=100),
-    'apgd_t': functools.partial(apgd, n_iter=100, loss='dlr', n_targets=9),
-    'fab_t': functools.partial(fab, n_iter=100, n_targets=9),
-    'square': functools.partial(square, n_queries=5000, p_init=0.8),
+    'apgd_ce': partial(apgd, n_iter=100),
+    'apgd_t': partial(apgd, n_iter=100, loss='dlr', n_targets=9),
+    'fab_t': partial(fab, n_iter=100, n_targets=9),
+    'square': partial(square, n_queries=5000, p_init=0.8),
 }
 
 

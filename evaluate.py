@@ -24,7 +24,7 @@ import torch
 import attack
 import data
 import models
-from lib import analysis, cli, distributed, fast, masking, record
+from lib import analysis, cli, distributed, fast, masking, record, search
 from lib.classifier import correct
 
 
@@ -69,7 +69,7 @@ def attack_images(model, x, y, e, key, args):
         settings |= {'after': '+'.join(before), 'attacked': len(standing)}
     options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
     options['batch_size'] = args.batch_size
-    run_attack = distributed.shared(e.attacks[key])
+    run_attack = search.shared(e.attacks[key])
     n = math.ceil(len(standing) / distributed.SIZE)
     with fast.tf32(args.precision == 'tf32'), progress(model, settings, n):
         x_adv = run_attack(model, x[standing], y[standing], **options)

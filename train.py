@@ -22,7 +22,7 @@ import data
 import models
 import schedule
 from attack import pgd
-from lib import cli, distributed, fast, record, rng
+from lib import cli, distributed, fast, record, rng, search
 from lib.classifier import NotFiniteError, correct, norm, predict, refuse_nan
 
 try:
@@ -135,7 +135,7 @@ def validate(model, x, y, index, config):
         return {'clean_error': None, 'robust_error': None, 'predicted_classes': None}
     model.refold()
     predicted = predict(model, x)
-    attack = distributed.shared(pgd)
+    attack = search.shared(pgd)
     settings = data.pgd_settings(vars(config), config.eps)
     x_adv = attack(model, x, y, eps=config.eps, index=index, **settings)
     fooled = (predicted != y) | ~correct(model, x_adv, y)

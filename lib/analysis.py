@@ -15,7 +15,7 @@ from torch.optim.swa_utils import update_bn
 
 import attack
 import data
-from lib import cli, distributed, fast, record
+from lib import cli, distributed, fast, record, search
 
 
 def load_run(path, args):
@@ -40,7 +40,7 @@ def load_run(path, args):
     run.x, run.y = x[run.index].contiguous(memory_format=layout), y[run.index]
     pgd = data.pgd_settings(config, run.eps)
     options = {'eps': run.eps, 'index': run.index, 'batch_size': args.batch_size}
-    run.pgd = functools.partial(distributed.shared(attack.pgd), **pgd, **options)
+    run.pgd = functools.partial(search.shared(attack.pgd), **pgd, **options)
     digest = record.digest(file)
     run.folder = folder_of(path, digest)
     run.metadata = {'checkpoint': str(file), 'digest': digest, 'dataset': dataset, 'eps': run.eps}

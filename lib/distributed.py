@@ -6,17 +6,14 @@ writes. Random numbers depend on the image: N processes have the results of one,
 
 import contextlib
 import datetime
-import math
 import os
 import sys
 
 import torch
 from torch import distributed as dist
 
-from lib.classifier import NotFiniteError, has_nan, refuse_nan
-
-RANK = int(os.environ.get('RANK', 0))
 SIZE = int(os.environ.get('WORLD_SIZE', 1))
+RANK = int(os.environ.get('RANK', 0)) if SIZE > 1 else 0  # a RANK alone is of something else
 
 
 @contextlib.contextmanager
@@ -65,8 +62,11 @@ def own():
 
 
 def share(n):
-    """The slice of a batch of n images that is this process's, and how many of its images count. A
-    process without any gets the first image, which does not count: no network takes no images."""
+    """The slice of a batch of n images that this process takes, and how many of them count.
+
+    Where there are fewer images than processes, those left over take the first image, since a
+    network needs one, and count 0 of it.
+    """
     counted = len(range(n)[own()])
     return (own(), counted) if counted else (slice(1), 0)
 
@@ -99,21 +99,3 @@ def average(*tensors):
         total(*floats)
         for tensor in floats:
             tensor.div_(SIZE)
-
-
-def shared(attack):
-    """`attack`, a function (model, x, y, index=..., ...) -> x_adv, by all processes together: each
-    attacks its share of the images, and all get the whole result, or NotFiniteError if one does."""
-
-    def run(model, x, y, *, index=None, **options):
-        index = torch.arange(len(x)) if index is None else index
-        rows, x_adv = own(), torch.zeros_like(x)
-        try:
-            x_adv[rows] = attack(model, x[rows], y[rows], index=index[rows], **options)
-        except NotFiniteError:
-            x_adv[:] = math.nan
-        total(x_adv)
-        refuse_nan(has_nan(x_adv))
-        return x_adv
-
-    return run if SIZE > 1 else attack

@@ -1,4 +1,4 @@
-"""Networks and PGD at less cost: folded BatchNorm, memory layouts, the PGD loop as a CUDA graph.
+"""Networks and PGD at less cost: folded BatchNorm, memory layouts, PGD as a CUDA graph.
 
 Only scripts use `folded` and `Adversary`; models.py and attack.py do not depend on them.
 """
@@ -36,90 +36,91 @@ def folded(model, x):
     """
     try:
         with frozen(model), torch.no_grad(), tf32(False):
-            fast = Folded(*fold(model))
-            expected, found = model(x).double(), fast(x).double()
-        if (found - expected).norm() <= 1e-3 * expected.norm():
-            return fast
+            copied = Folded(*fold(model))
+            expected, logits = model(x).double(), copied(x).double()
+        if (logits - expected).norm() <= 1e-3 * expected.norm():
+            return copied
     except Exception:  # tracing fails in many ways
         pass
-    return Folded(model, [])
+    return Folded(model)
 
 
 class Folded(nn.Module):
-    """What `folded` returns: `network`, and the `pairs` by which refold() updates it."""
+    """What `folded` returns: a network and those of its convolutions that refold() updates."""
 
-    def __init__(self, network, pairs):
+    def __init__(self, network, convolutions=()):
         super().__init__()
-        self.network, self.pairs = network, pairs
+        self.network, self.convolutions = network, convolutions
         self.refold()
 
     def forward(self, x):
         return self.network(x)
 
-    @torch.no_grad()
     def refold(self):
-        for convolution, conv, bn in self.pairs:
-            weight, bias = conv.weight, conv.bias
-            if bn:
-                statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-                weight, bias = fuse_conv_bn_weights(weight, bias, *statistics)
-            convolution.set_weights(weight, bias)
+        for convolution in self.convolutions:
+            convolution.refold()
 
 
 def fold(model):
-    """The traced network of `model`, and (ours, original, BatchNorm or None) per convolution."""
+    """A traced copy of `model`, and the `FoldedConvolution`s that replace its convolutions."""
     tracer = torch.fx.Tracer()
     tracer.proxy_buffer_attributes = True  # else results of buffers alone become constants
     root = copy.copy(model)  # the tracer leaves attributes on its root
     network = torch.fx.GraphModule(root, tracer.trace(root))
     nodes = [node for node in network.graph.nodes if node.op == 'call_module']
     modules = [network.get_submodule(node.target) for node in nodes]
-    calls = {  # of modules that can be replaced: those called once and without hooks
+    replaceable = {  # modules that are called once and without hooks
         node: module
         for node, module in zip(nodes, modules)
         if modules.count(module) == 1 and not (module._forward_hooks or module._forward_pre_hooks)
     }
-    pairs = []
-    for node, conv in calls.items():
+    convolutions = []
+    for node, conv in replaceable.items():
         if type(conv) is not nn.Conv2d:
             continue
-        after, bn = next(iter(node.users), None), None
-        if len(node.users) == 1 and type(calls.get(after)) in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            if calls[after].track_running_stats:
-                bn = calls[after]
-                after.replace_all_uses_with(node)
-                network.graph.erase_node(after)
-        pairs.append((Convolution(conv), conv, bn))
-        network.set_submodule(node.target, pairs[-1][0])
+        users = list(node.users)  # of its result
+        bn = replaceable.get(users[0]) if len(users) == 1 else None
+        if type(bn) in (nn.BatchNorm2d, nn.SyncBatchNorm) and bn.track_running_stats:
+            users[0].replace_all_uses_with(node)
+            network.graph.erase_node(users[0])
+        else:
+            bn = None
+        convolutions.append(FoldedConvolution(conv, bn))
+        network.set_submodule(node.target, convolutions[-1])
     network.recompile()
     network.delete_all_unused_submodules()
-    return network, pairs
+    return network, convolutions
 
 
-class Convolution(nn.Module):
-    """A copy of a convolution with a bias and without gradients for parameters.
+class FoldedConvolution(nn.Module):
+    """A copy of a convolution with the BatchNorm behind it, if any, folded in.
 
-    On a CPU it has the fastest layout: channels_last, but contiguous from 256 channels on, where
-    feature maps are small. With up to 3 channels its gradient is that of `ImageGradient`.
+    Its parameters need no gradient. On a CPU it is channels_last, and with up to 3 channels its
+    gradient is that of `ImageGradient`.
     """
 
-    def __init__(self, conv):
+    def __init__(self, conv, bn):
         super().__init__()
+        self.original = conv, bn  # in a tuple they are no submodules
         self.conv = copy.deepcopy(conv)
         if conv.bias is None:
             self.conv.bias = nn.Parameter(conv.weight.new_zeros(conv.out_channels))
         self.conv.requires_grad_(False)
-        on_cpu = conv.weight.device.type == 'cpu'
-        self.use_contiguous = on_cpu and conv.in_channels >= 256
         self.block = 0
-        usual = conv.stride == conv.dilation == (1, 1) and conv.groups == 1
-        same_size = conv.padding == tuple(k // 2 for k in conv.kernel_size)
-        if on_cpu and usual and same_size and conv.padding_mode == 'zeros':
-            self.block = {1: 4, 2: 2, 3: 2}.get(conv.in_channels, 0)
-        if on_cpu and not self.use_contiguous:
+        if conv.weight.device.type == 'cpu':
             self.conv.to(memory_format=torch.channels_last)
+            usual = conv.stride == conv.dilation == (1, 1) and conv.groups == 1
+            same_size = conv.padding == tuple(k // 2 for k in conv.kernel_size)
+            if usual and same_size and conv.padding_mode == 'zeros':
+                self.block = {1: 4, 2: 2, 3: 2}.get(conv.in_channels, 0)
 
-    def set_weights(self, weight, bias):
+    @torch.no_grad()
+    def refold(self):
+        conv, bn = self.original
+        weight, bias = conv.weight, conv.bias
+        if bn:
+            statistics = bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            weight, bias = fuse_conv_bn_weights(weight, bias, *statistics)
         self.conv.weight.copy_(weight)
         if bias is not None:  # else it is and stays 0
             self.conv.bias.copy_(bias)
@@ -130,7 +131,7 @@ class Convolution(nn.Module):
         conv = self.conv
         if self.block and x.shape[2] % self.block == x.shape[3] % self.block == 0:
             return ImageGradient.apply(x, conv.weight, conv.bias, conv.padding, self.kernel)
-        return conv(x.contiguous() if self.use_contiguous else x)
+        return conv(x)
 
 
 class ImageGradient(torch.autograd.Function):
@@ -171,59 +172,61 @@ class Adversary:
 
     adversary(x, y, eps, step_size, start=..., seed=...) is pgd(model, x, y, eps, step_size, n_iter,
     ...) but for rounding: it attacks the `folded` network, with the parameters at the time of the
-    call. On cuda the whole loop, folding included, is captured as a CUDA graph at the first batch
+    call. On cuda the whole attack, folding included, is captured as a CUDA graph at the first batch
     of each shape; budgets are tensors in it, so that schedules can change them. Nothing waits for
     the device: values are not checked, but `nan` tells if a loss or gradient has been nan.
 
-    `compiled` is applied to the network (torch.compile), `capture` to the loop, a function without
-    arguments; by default this is `fast.captured` on cuda and nothing elsewhere. Where it fails, the
-    loop runs as it is. For autocast to `dtype` the weights of convolutions are cast beforehand.
+    `compiled` is applied to the network (torch.compile), `capture` to the attack, a function
+    without arguments; by default this is `fast.captured` on cuda and nothing elsewhere. Where it
+    fails, the attack runs as it is. For autocast to `dtype` the weights of convolutions are cast
+    beforehand.
     """
 
     def __init__(self, model, n_iter, x, *, compiled=None, capture=None, dtype=torch.float32):
         self.model, self.n_iter, self.capture = model, n_iter, capture
-        self.loops = {}  # shape of x -> what loop(x, y) returns
+        self.attacks = {}  # shape of x -> what `set_up` returns
         self.nan = flag(x)
         self.folded = folded(model, x)
         if dtype != torch.float32:
-            for convolution, *_ in self.folded.pairs:
+            for convolution in self.folded.convolutions:
                 convolution.conv.to(dtype)
         self.network = compiled(self.folded) if compiled else self.folded
 
     def __call__(self, x, y, eps, step_size, *, start=None, seed=0):
-        if x.shape not in self.loops:
-            self.loops[x.shape] = self.loop(x, y)
-        s, replay = self.loops[x.shape]
-        s.x.copy_(x)
-        s.y.copy_(y)
-        s.noise.copy_(uniform('pgd', seed, s.index, x.shape[1:], x))
-        s.eps.fill_(eps)
-        s.step_size.fill_(step_size)
-        s.start.fill_(step_size if start is None else start)
-        replay()
-        return s.x_adv.clone()
+        if x.shape not in self.attacks:
+            self.attacks[x.shape] = self.set_up(x, y)
+        buffers, run = self.attacks[x.shape]
+        buffers.x.copy_(x)
+        buffers.y.copy_(y)
+        buffers.noise.copy_(uniform('pgd', seed, buffers.index, x.shape[1:], x))
+        buffers.eps.fill_(eps)
+        buffers.step_size.fill_(step_size)
+        buffers.start.fill_(step_size if start is None else start)
+        run()
+        return buffers.x_adv.clone()
 
-    def loop(self, x, y):
-        """Tensors for arguments and result at one shape of batches, and a function that attacks."""
-        s = SimpleNamespace(x=x.clone(), y=y.clone(), x_adv=torch.empty_like(x))
-        s.noise = torch.zeros_like(x)
-        places = torch.arange(len(x), device=x.device)
-        s.index = distributed.RANK + distributed.SIZE * places  # in the whole batch
-        s.eps, s.step_size, s.start = (x.new_zeros(()) for _ in range(3))
+    def set_up(self, x, y):
+        """Buffers for batches of the shape of x, and a function that attacks what they hold."""
+        buffers = SimpleNamespace(x=x.clone(), y=y.clone(), noise=torch.zeros_like(x))
+        buffers.eps, buffers.step_size, buffers.start = (x.new_zeros(()) for _ in range(3))
+        buffers.x_adv = torch.empty_like(x)
+        rows = torch.arange(len(x), device=x.device)
+        buffers.index = distributed.RANK + distributed.SIZE * rows  # in the batch of all processes
 
         def run():
             with frozen(self.model), torch.no_grad():
                 self.folded.refold()
-                tensors = s.x, s.y, s.noise, s.x_adv, s.eps, s.step_size
-                self.nan |= pgd_loop(self.network, *tensors, self.n_iter, s.start)
+                images = buffers.x, buffers.y, buffers.noise, buffers.x_adv
+                budget = buffers.eps, buffers.step_size, self.n_iter, buffers.start
+                self.nan |= pgd_loop(self.network, *images, *budget)
 
         capture = self.capture or (captured if x.is_cuda else lambda run: run)
         try:
-            return s, capture(run)
+            return buffers, capture(run)
         except RuntimeError as error:  # cuda's and torch's
             reason = str(error).partition('\n')[0]
             warnings.warn(f'no CUDA graph, the attack is slower: {reason}', stacklevel=3)
-            return s, run
+            return buffers, run
 
 
 def captured(run):

@@ -12,45 +12,48 @@ def signs(model, x, y, robust, batch_size=250):
 
     robust[key], (N,), says which of the images x, (N, C, H, W), with labels y withstood an attack.
     """
-    found = {}
-    n, still = len(x), 0
+    sentences = {}
+    n, n_zero = len(x), 0
     with frozen(model), torch.no_grad():
-        once, again = model(x[:batch_size]), model(x[:batch_size])
+        logits, logits_again = model(x[:batch_size]), model(x[:batch_size])
         for images, labels in zip(x.split(batch_size), y.split(batch_size)):
             _, _, gradient = loss_and_gradient(model, images, labels, cross_entropy)
-            still += (gradient.flatten(1) == 0).all(1).sum().item()
-    if still > 0.01 * n:
-        found['zero gradient'] = (
-            f'the gradient is exactly zero at {still} of {n} images: a constant classifier, or one '
-            'that is saturated or masked; PGD does not move them: read the columns DLR and Square'
+            n_zero += (gradient.flatten(1) == 0).all(1).sum().item()
+    if n_zero > 0.01 * n:
+        sentences['zero gradient'] = (
+            f'the gradient is exactly zero at {n_zero} of {n} images: a constant classifier, or '
+            'one that is saturated or masked; PGD does not move them: read the columns DLR and '
+            'Square'
         )
-    difference = (once - again).abs().max().item()
-    if difference > 1e-3 * once.abs().max().item():
-        found['random'] = (
+    difference = (logits - logits_again).abs().max().item()
+    if difference > 1e-3 * logits.abs().max().item():
+        sentences['random'] = (
             f'two passes of the same images differ by up to {difference:.3g}: the verdict on a '
             'random model is luck; fix its seed, or average its logits over many passes'
         )
-    if once.min() >= 0 and once.max() <= 1 and (once.sum(1) - 1).abs().max() < 1e-3:
-        found['probabilities'] = (
-            f'the outputs lie in [0, 1] and have sum 1, as in {once[0].tolist()[:3]} ...: their '
+    if logits.min() >= 0 and logits.max() <= 1 and (logits.sum(1) - 1).abs().max() < 1e-3:
+        sentences['probabilities'] = (
+            f'the outputs lie in [0, 1] and have sum 1, as in {logits[0].tolist()[:3]} ...: their '
             'cross-entropy is flat; return the logits, before the softmax'
         )
     if {'pgd', 'pgd100'} <= robust.keys():
-        more = (robust['pgd100'] & ~robust['pgd']).sum()
-        less = (robust['pgd'] & ~robust['pgd100']).sum()
-        if more - less > 2 * (more + less) ** 0.5:  # beyond chance
-            found['more steps'] = (
-                f'PGD100 leaves {more - less} of {n} images more than PGD of fewer steps: its loss '
+        only_pgd = (robust['pgd100'] & ~robust['pgd']).sum()  # images that PGD alone broke
+        only_pgd100 = (robust['pgd'] & ~robust['pgd100']).sum()
+        n_more = only_pgd - only_pgd100
+        if n_more > 2 * (only_pgd + only_pgd100) ** 0.5:  # beyond chance
+            sentences['more steps'] = (
+                f'PGD100 leaves {n_more} of {n} images more than PGD of fewer steps: its loss '
                 'misleads it; read the columns of APGD and Square'
             )
-    fell_to_square, fell_to_gradients = np.zeros(n, bool), np.zeros(n, bool)
+    withstood_square, withstood_gradients = np.ones(n, bool), np.ones(n, bool)
     for key in robust.keys() - {'clean'}:
-        fell = fell_to_square if key.startswith('square') else fell_to_gradients
-        fell |= ~robust[key]
-    only = (fell_to_square & ~fell_to_gradients).sum()
-    if only > 2 + 0.01 * n and len(robust) > 2:
-        found['only square'] = (
-            f'Square breaks {only} of {n} images that no attack with gradients broke, as gradients '
-            'that are masked do not lead anywhere; more restarts or another loss may find more'
+        withstood = withstood_square if key.startswith('square') else withstood_gradients
+        withstood &= robust[key]
+    only_square = (withstood_gradients & ~withstood_square).sum()
+    if only_square > 2 + 0.01 * n and len(robust) > 2:
+        sentences['only square'] = (
+            f'Square breaks {only_square} of {n} images that no attack with gradients broke, as '
+            'gradients that are masked do not lead anywhere; more restarts or another loss may '
+            'find more'
         )
-    return found
+    return sentences

@@ -1,49 +1,49 @@
 """What all attacks share: checked arguments, the box that they search, batches that stay full."""
 
 import functools
-import inspect
+import math
 from types import SimpleNamespace
 
 import torch
 
-from lib.classifier import frozen, has_nan, logits_of, refuse_nan
+from lib import distributed
+from lib.classifier import NotFiniteError, frozen, has_nan, logits_of, refuse_nan
 
 
 def attack(search):
     """Makes a function that searches an attack as attack.py describes it.
 
-    ValueError, naming the attack, for arguments that `prepare` refuses. The model is frozen during
-    the search. Images in half precision are searched in float32 and rounded for the model alone.
+    Its errors name it. The model is frozen during the search. Images in half precision are searched
+    in float32 and rounded for the model alone.
     """
-    signature = inspect.signature(search)
 
     @functools.wraps(search)
-    def checked(*args, **kwargs):
-        call = signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        a = call.arguments
-        model, dtype = a['model'], a['x'].dtype
-        with torch.inference_mode(False), torch.no_grad(), frozen(model):
-            try:
-                prepare(a)
-            except ValueError as error:
-                raise type(error)(f'{search.__name__}: {error}') from None
-            if a['eps'] == 0:
-                return a['x'].clone()
-            if dtype.itemsize < 4:
-                a['x'], a['model'] = a['x'].float(), lambda x: model(x.to(dtype))
-            return search(*call.args, **call.kwargs).to(dtype)
+    def checked(model, x, y, eps, *args, index=None, seed=0, batch_size=250, **kwargs):
+        index = torch.arange(len(x)) if index is None else index
+        network, dtype = model, x.dtype
+        try:
+            with torch.inference_mode(False), torch.no_grad(), frozen(model):
+                check_arguments(x, y, eps, index)
+                check_counts(batch_size=batch_size)
+                x = usable(x)
+                y, index = (usable(values.to(x.device, torch.int64)) for values in (y, index))
+                if len(x):
+                    check_model(model, x[:1], y)
+                if eps == 0:
+                    return x.clone()
+                if dtype.itemsize < 4:
+                    x, network = x.float(), lambda x: model(x.to(dtype))
+                kwargs |= {'index': index, 'seed': int(seed), 'batch_size': batch_size}
+                return search(network, x, y, eps, *args, **kwargs).to(dtype)
+        except ValueError as error:
+            error.args = (f'{search.__name__}: {error}',)
+            raise
 
     return checked
 
 
-def prepare(a):
-    """Checks the arguments `a` of an attack, name -> value, and turns labels and index into int64.
-
-    ValueError says which value is wrong, and what would be right.
-    """
-    x, y, eps, index = a['x'], a['y'], a['eps'], a['index']
-    index = torch.arange(len(x)) if index is None else index
+def check_arguments(x, y, eps, index):
+    """ValueError that says which argument of an attack is wrong, and what would be right."""
     if x.dim() != 4 or not x.is_floating_point():
         raise ValueError(f'images must be floats, (N, C, H, W), got {x.dtype} {tuple(x.shape)}')
     if y.dim() != 1 or y.is_floating_point() or y.dtype == torch.bool:
@@ -53,22 +53,17 @@ def prepare(a):
     if not 0 <= eps <= 1:
         hint = f': did you mean {eps:g}/255?' if 1 < eps <= 255 else ''
         raise ValueError(f'eps must lie in [0, 1], got {eps:g}{hint}')
-    for count in ('n_iter', 'n_restarts', 'n_targets', 'n_queries', 'batch_size'):
-        if a.get(count) is not None and a[count] < 1:
-            raise ValueError(f'{count} must be at least 1, got {a[count]}')
-    if not (a.get('step_size', 1) > 0 or eps == 0):
-        raise ValueError(f'step_size must be above 0, got {a["step_size"]}')
-    y, index = (values.to(x.device, torch.int64) for values in (y, index))
-    for name, tensor in ('x', x), ('y', y), ('index', index):
-        # autograd refuses tensors of torch.inference_mode
-        a[name] = tensor.clone() if tensor.is_inference() else tensor.detach()
-    a['seed'] = int(a['seed'])
-    if len(x):
-        low, high = (bound.item() for bound in x.aminmax())
-        if not 0 <= low <= high <= 1:
-            found = f'{low:.9g} to {high:.9g}'
-            raise ValueError(f'images must lie in [0, 1], got {found}; normalise inside the model')
-        check_model(a['model'], a['x'][:1], a['y'])
+    low, high = (bound.item() for bound in x.aminmax()) if len(x) else (0, 1)
+    if not 0 <= low <= high <= 1:
+        values = f'{low:.9g} to {high:.9g}'
+        raise ValueError(f'images must lie in [0, 1], got {values}; normalise inside the model')
+
+
+def check_counts(**counts):
+    """ValueError unless each count that is given, such as n_iter=100, is at least 1."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f'{name} must be at least 1, got {count}')
 
 
 def check_model(model, x, y):
@@ -84,6 +79,29 @@ def check_model(model, x, y):
         raise ValueError(f'labels must be {classes}, got {first} .. {last}')
 
 
+def usable(tensor):
+    """The tensor, detached, and copied if it is of torch.inference_mode, which autograd refuses."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def shared(attack):
+    """`attack`, a function (model, x, y, index=..., ...) -> x_adv, by all processes together: each
+    attacks its share of the images, and all get the whole result, or NotFiniteError if one does."""
+
+    def run(model, x, y, *, index=None, **options):
+        index = torch.arange(len(x)) if index is None else index
+        rows, x_adv = distributed.own(), torch.zeros_like(x)
+        try:
+            x_adv[rows] = attack(model, x[rows], y[rows], index=index[rows], **options)
+        except NotFiniteError:
+            x_adv[:] = math.nan
+        distributed.total(x_adv)
+        refuse_nan(has_nan(x_adv))
+        return x_adv
+
+    return run if distributed.SIZE > 1 else attack
+
+
 def run_in_full_batches(waiting, batch_size, start, advance, finish):
     """Runs a search on many images in batches that stay full: the next replaces each that is done.
 
@@ -96,14 +114,19 @@ def run_in_full_batches(waiting, batch_size, start, advance, finish):
     while len(waiting) + len(state.rows):
         new, waiting = waiting.tensor_split([batch_size - len(state.rows)])
         if len(new):
-            begun = vars(start(new))
-            joined = {name: torch.cat([old, begun[name]]) for name, old in vars(state).items()}
-            state = SimpleNamespace(**joined)
+            state = join(state, start(new))
         done, nan = advance(state)
         refuse_nan(nan)
         if done.any():
             waiting = torch.cat([waiting, finish(take(state, done))])
             state = take(state, ~done)
+
+
+def join(first, second):
+    """Two namespaces of tensors with the same names as one."""
+    names = vars(first)
+    joined = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names}
+    return SimpleNamespace(**joined)
 
 
 def take(state, mask):

@@ -139,6 +139,6 @@ def test_batch_norms_that_are_synchronised_are_folded():
     synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     x = torch.rand(2, 3, 32, 32)
     folded = fast.folded(synced, x)
-    assert sum(bn is not None for *_, bn in folded.pairs) == 20
+    assert sum(c.original[1] is not None for c in folded.convolutions) == 20
     with classifier.frozen(synced):
         assert torch.allclose(folded(x), synced(x), atol=1e-5)

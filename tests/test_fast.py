@@ -88,7 +88,7 @@ def test_a_fold_is_the_same_function_and_stale_after_changes_until_refolded(name
     folded = fast.folded(model, x)
     assert same_function(model, folded, x)
     change(model)
-    assert same_function(model, folded, x) != bool(folded.pairs)
+    assert same_function(model, folded, x) != bool(folded.convolutions)
     folded.refold()
     assert same_function(model, folded, x)
 
@@ -110,7 +110,7 @@ def test_torchvisions_classifiers_are_folded_as_they_are(name):
             module.running_var.uniform_(0.5, 2)
     before, x = copy.deepcopy(model.state_dict()), torch.rand(2, 3, 32, 32).double()
     folded = fast.folded(model, x)
-    assert any(bn for _, _, bn in folded.pairs) or name == 'squeezenet1_1'
+    assert any(c.original[1] for c in folded.convolutions) or name == 'squeezenet1_1'
     results = []
     for net in model, folded:
         with classifier.frozen(net):
@@ -154,7 +154,8 @@ def test_convolutions_of_every_kind_keep_their_function_and_gradient():
         x = torch.rand(3, conv.in_channels, size, size).double()
         folded = fast.folded(model, x)
         assert same_function(model, folded, x), conv
-        assert bool(folded.pairs[0][0].block) == (conv in convs[:3])  # those have the fast gradient
+        has_fast_gradient = bool(folded.convolutions[0].block)
+        assert has_fast_gradient == (conv in convs[:3])
 
 
 def test_tf32_gives_back_what_it_borrowed():
