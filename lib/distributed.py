@@ -10,6 +10,10 @@ import os
 import sys
 
 import torch
+
+# Imported before there is a process group: its functions would have that as a default argument, so
+# that its threads lived until the interpreter ends, and then they may abort the process.
+import torch.distributed.nn  # noqa: F401
 from torch import distributed as dist
 
 SIZE = int(os.environ.get('WORLD_SIZE', 1))
