@@ -117,7 +117,7 @@ def apgd(
         if n_targets:
             criterion = partial(targeted_dlr, target=targets[state.rows, restarts[state.rows]])
         nan = flag(x)
-        for _ in range(min(4, n_iter + 1 - int(state.k.max()))):  # then looks at which are done
+        for _ in range(min(4, n_iter + 1 - int(state.k.max()))):  # steps per check for done images
             nan |= apgd_step(state, model, criterion, checkpoints, rho, best_loss)
         return (state.k > n_iter) | (state.loss_best == math.inf), nan
 
@@ -216,10 +216,12 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
     sides = torch.tensor(sides, device=x.device)
 
     def start(rows):
-        state = SimpleNamespace(rows=rows, y=y[rows], query=torch.full_like(rows, 2))  # the next
+        state = SimpleNamespace(rows=rows, y=y[rows])
         state.low, state.high = box(x[rows], eps)
         stripes = uniform('square', seed, index[rows], (channels, 1, width), x, 1) < 0.5
-        state.x_adv, state.margin = torch.where(stripes, state.low, state.high), x.new_zeros(0)
+        state.x_adv = torch.where(stripes, state.low, state.high)
+        state.query = torch.full_like(rows, 2)  # the next one
+        state.margin = x.new_zeros(0)
         if len(rows):
             state.margin, nan = square_margin(model, state.x_adv, state.y)
             refuse_nan(nan)
@@ -227,11 +229,11 @@ def square(model, x, y, eps, n_queries=5000, p_init=0.8, *, seed=0, index=None, 
 
     def advance(state):
         nan = flag(x)
-        n = min(20, n_queries + 1 - int(state.query.max()))  # then looks at which are done
+        n = min(20, n_queries + 1 - int(state.query.max()))  # queries per check for done images
         queries = state.query + torch.arange(n, device=x.device)[:, None]
-        noise = uniform('square', seed, index[state.rows], (2 + channels,), x, queries)
-        for query in range(n):
-            nan |= square_step(state, model, sides[queries[query]], noise[query])
+        draws = uniform('square', seed, index[state.rows], (2 + channels,), x, queries)
+        for side, noise in zip(sides[queries], draws):
+            nan |= square_step(state, model, side, noise)
         return (state.query > n_queries) | (state.margin == -math.inf), nan
 
     def finish(state):
@@ -251,9 +253,9 @@ def square_step(state, model, side, noise):
     window_columns = window_mask(noise[:, 1], side, width)[:, None, None, :]
     signed = torch.where(per_image(noise[:, 2:] < 0.5), state.low, state.high)
     x_new = torch.where(window_rows & window_columns, signed, state.x_adv)
-    margin, nan = square_margin(model, x_new, state.y)
-    state.x_adv = torch.where(per_image(margin < state.margin), x_new, state.x_adv)
-    state.margin = torch.minimum(margin, state.margin)
+    new_margin, nan = square_margin(model, x_new, state.y)
+    state.x_adv = torch.where(per_image(new_margin < state.margin), x_new, state.x_adv)
+    state.margin = torch.minimum(new_margin, state.margin)
     state.query = state.query + 1
     return nan
 

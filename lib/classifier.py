@@ -24,16 +24,16 @@ def frozen(model):
         yield
         return
     modes = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.eval()
-        for parameter, _ in grads:
+        for parameter, _ in trainable:
             parameter.requires_grad_(False)
         yield
     finally:
         for module, mode in modes:
             module.training = mode
-        for parameter, requires_grad in grads:
+        for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
 
 
@@ -95,7 +95,7 @@ def loss_and_gradient(model, x, y, criterion):
 
 
 def flag(x):
-    """A bool, (), False, on the device of x, to be raised by `has_nan`."""
+    """False as a tensor, (), on the device of x: no nan so far."""
     return torch.zeros((), dtype=torch.bool, device=x.device)
 
 
@@ -104,10 +104,10 @@ def has_nan(*tensors):
     return torch.stack([tensor.isnan().any() for tensor in tensors]).any()
 
 
-def refuse_nan(found):
-    """NotFiniteError if `found`, the `has_nan` of logits, losses or gradients: steps along the sign
+def refuse_nan(nan):
+    """NotFiniteError if `nan`, the `has_nan` of logits, losses or gradients: steps along the sign
     of nan, which is 0, would make a broken model look robust."""
-    if found:
+    if nan:
         raise NotFiniteError('the logits of the model, or the gradients of its loss, are nan')
 
 

@@ -38,8 +38,8 @@ def joined():
                 yield
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or 'gloo' in str(error):
-            again = 'another process of this job has ended; the same command resumes'
-            raise ChildProcessError(again) from None
+            reason = 'another process of this job has ended; the same command resumes'
+            raise ChildProcessError(reason) from None
         raise
     finally:
         dist.destroy_process_group()
@@ -53,10 +53,10 @@ def wait():
 
 def agree(value):
     """ValueError unless `value`, which was found in files, is the same in all processes."""
-    found = [value] * SIZE
+    values = [value] * SIZE
     if SIZE > 1:
-        dist.all_gather_object(found, value)
-    if any(other != value for other in found):
+        dist.all_gather_object(values, value)
+    if any(other != value for other in values):
         raise ValueError(f'the processes have found different files, one {value}; run it again')
 
 
