@@ -9,8 +9,8 @@
 # The same command resumes. Parts that are named are run alone, by these names or as fig5, c24 ...
 #   table1    Table 1                              budget    Figures 2, 3, 4, 8, 11, 12, C.2.2
 #   standard  AutoAttack on the runs of Table 1    rate      Figure 5, C.2.3
-#   theory    Figure 1                             width     C.2.4
-#                                                  connect   C.2.5, two seeds a pair
+#   controls  what periods gain over other ways    width     C.2.4
+#   theory    Figure 1                             connect   C.2.5, two seeds a pair
 # --list prints the jobs: shell lines that run from here in any order and at once. --shard I/N takes
 # every N-th job, from the I-th on. --cpu needs no GPU. Flags behind -- go to every train.py.
 # Environment: SEEDS="0 1 2", JOBS=1 at once (--small, --quick: one per core), PYTHON=python3 (if it
@@ -23,11 +23,14 @@ set -euo pipefail
 
 declare -A train_flags  # of DATASET_MODEL, beside those that its line gives
 evaluate='' standard='' pgd='' hessian='' similarity='' surface='' curve=''  # flags of measurements
+held_out='' half='' quarter=''  # flags of train.py in the part controls, and of evaluate.py:
+two_attacks='--standard --attacks apgd_ce apgd_t'
 
 paper() {  # hours of an H100, by arithmetic: table1 48, budget 20, rate 26, width 3, connect 3
     seeds=${SEEDS:-0 1 2}
     train_flags=([mnist_lenet]='--trace 2000' [cifar10_resnet18]='--trace 2000')
     similarity='--n-examples 10000' surface='--n-examples 1000'
+    held_out='--n-val 500 --ema 0.999' half='--epochs 100' quarter='--epochs 50'
     for part in table1 standard; do
         for sched in constant cosine linear; do run $part mnist lenet $sched 0.4 1e-4 16; done
         for sched in {constant,cosine,linear}{,_periodic}; do
@@ -35,6 +38,8 @@ paper() {  # hours of an H100, by arithmetic: table1 48, budget 20, rate 26, wid
             run $part cifar10 resnet18 $sched 8/255 0.1 8
         done
     done
+    for sched in linear_{snapshots,pas}; do run controls cifar10 resnet18 $sched 8/255 0.1 8; done
+    independent cifar10 resnet18 linear 8/255 0.1 8
     for eps in 0 0.1 0.2 0.3 0.4; do run budget mnist lenet constant $eps 1e-4 16; done
     for eps in 0 2/255 4/255 8/255; do run budget cifar10 resnet18 constant $eps 0.1 8; done
     for lr in 1e-5 3e-5 1e-4 3e-4 1e-3 3e-3 1e-2; do
@@ -57,6 +62,7 @@ small() {
     train_flags[cifar10_vgg]="--n-train 1000 $images"
     train_flags[cifar10_resnet18]="--n-train 1000 $images"
     evaluate='--n-examples 500' standard=$evaluate hessian=$evaluate pgd='--n-examples 2000'
+    held_out='--n-val 500 --ema 0.995' half='--epochs 50' quarter='--epochs 25'
     similarity='--n-examples 250 --a 0 .02 .1 .5' surface='--n-examples 250 --grid 11'
     curve='--n-examples 500 --epochs 40 --lr 0.02 --points 11'
     for part in table1 standard; do
@@ -70,6 +76,12 @@ small() {
             seeds=$three_seeds run $part mnist lenet $sched 0.4 3e-3 4
         done
     done
+    for sched in {linear,constant}_{snapshots,pas,lr,eps}; do
+        run controls cifar10 lenet $sched 8/255 0.02 8
+    done
+    for sched in linear_{snapshots,pas}; do run controls cifar10 resnet18 $sched 8/255 0.05 4; done
+    for sched in linear constant; do independent cifar10 lenet $sched 8/255 0.02 8; done
+    independent cifar10 resnet18 linear 8/255 0.05 4
     for eps in 0 0.1 0.2 0.3; do run budget mnist5k lenet constant $eps 1e-3 4; done
     for lr in 1e-3 3e-3 1e-2; do
         for sched in constant cosine linear warmup; do run rate mnist lenet $sched 0.2 $lr 4; done
@@ -112,6 +124,28 @@ budget() {
     job
 }
 
+controls() {  # by all of AutoAttack where most depends on it, else by its first two attacks
+    local all=() two=('') flags
+    case $folder in
+        *_snapshots_*)
+            all=('--member 3' '--member 3 --weights best') two=('--member 3 --weights ema' '') ;;
+        *_pas_*) all=('' '--member 1') two=('--member 3' '--weights best' '--weights ema') ;;
+    esac
+    for flags in "${all[@]}"; do add "evaluate.py $folder $flags --standard $standard"; done
+    for flags in "${two[@]}"; do add "evaluate.py $folder $flags $two_attacks $standard"; done
+    job
+}
+
+independent() {  # DATASET MODEL SCHED EPS LR WIDTH: an ensemble of three runs, as long as periods
+    local part=controls commands='' members i
+    for i in $seeds; do
+        seed=$i && train $1 $2 $3_half "${@:4}" && members=$folder
+        seed=1$i && train $1 $2 $3_quarter "${@:4}" && members+=" $folder"
+        seed=2$i && train $1 $2 $3_quarter "${@:4}" && members+=" $folder"
+        add "evaluate.py --ensemble $members $two_attacks $standard" && job
+    done
+}
+
 connect() {
     if [[ -z $first ]]; then first=$folder && return; fi  # of a pair, which is one job
     add "landscape.py connect $first $folder $curve" && job
@@ -121,14 +155,27 @@ connect() {
 # ---- The machinery
 
 run() {  # PART DATASET MODEL SCHED EPS LR WIDTH: the jobs that train and measure, one a seed
-    local part=$1 sched=${4/_periodic/ --periodic} first='' commands=''
-    sched=${sched/warmup/constant --lr-warmup 0.5}
+    local part=$1 first='' commands=''
     for seed in $seeds; do
-        folder=ckpts/$size/$2_$3_$4_eps${5%/*}_lr$6_w$7_s$seed
-        add "train.py --out $folder --dataset $2 --model $3 --width $7 --eps $5" \
-            "--eps-sched $sched --lr $6 ${train_flags[$2_$3]:-} --seed $seed$extra"
+        train "${@:2}"
         $part
     done
+}
+
+train() {  # DATASET MODEL SCHED EPS LR WIDTH: adds the training of the run in $folder
+    local sched=${3%%_*} more=''
+    case $3 in
+        warmup) sched='constant --lr-warmup 0.5' ;;
+        *_periodic) sched+=' --periodic' ;;
+        *_pas) more="--periodic $held_out" ;;
+        *_snapshots) more="--periodic --restart none $held_out" ;;
+        *_lr | *_eps) more="--periodic --restart ${3#*_} $held_out" ;;
+        *_half) more=$half ;;
+        *_quarter) more=$quarter ;;
+    esac
+    folder=ckpts/$size/$1_$2_$3_eps${4%/*}_lr$5_w$6_s$seed
+    add "train.py --out $folder --dataset $1 --model $2 --width $6 --eps $4 --eps-sched $sched" \
+        "--lr $5 ${train_flags[$1_$2]:-} $more --seed $seed$extra"
 }
 
 add() { commands+="${commands:+ && }$prefix $*$shared"; }  # SCRIPT FLAGS: adds it to the job
@@ -179,7 +226,7 @@ main() {
             --list | --cpu | --test) declare -g "${1#--}=1" ;;
             --shard) shard=${2:?--shard takes I/N} && shift ;;
             -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
-            table1 | standard) parts+=" $1" ;;
+            table1 | standard | controls) parts+=" $1" ;;
             budget | fig[2348] | fig1[12] | c22) parts+=' budget' ;;
             rate | fig5 | c23) parts+=' rate' ;;
             width | c24) parts+=' width' ;;
@@ -189,7 +236,7 @@ main() {
         esac
         shift
     done
-    parts=${parts:-table1 standard budget rate width connect theory}
+    parts=${parts:-table1 standard controls budget rate width connect theory}
     I=${shard%/*} N=${shard#*/}
     [[ $I/$N =~ ^[1-9][0-9]*/[1-9][0-9]*$ && $I -le $N ]] || fail "--shard takes I/N, not $shard"
     [[ ${SEEDS:-0} =~ ^[0-9]+(\ [0-9]+)*$ ]] || fail "SEEDS is a list such as \"0 1\", not $SEEDS"
