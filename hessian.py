@@ -269,7 +269,7 @@ def loss_normalizer(run, seed):
 def analyze(run, args):
     """Computes what the run's result lacks, prints it and returns its path."""
     stem = 'hessian_power' if args.solver == 'power' else 'hessian'
-    path = analysis.output(run.folder, stem, args)
+    path = record.output(run.folder, stem, args, run.defaults)
     dim = sum(p.numel() for p in run.model.parameters())
     if args.k > min(dim, args.max_products):
         raise ValueError(f'--k {args.k}: {dim:,} parameters, {args.max_products} products at most')
@@ -277,7 +277,7 @@ def analyze(run, args):
     print(f'{path}: {dim:,} parameters, {len(run.x):,} images, eps {eps}', flush=True)
     with record.lock(run.folder):
         result = {'random_losses': [], 'traces': [], 'densities': []}
-        result |= analysis.resume(path, run.metadata | {'dim': dim}, args.device)
+        result |= record.resume(path, run.metadata | {'dim': dim}, args.device)
         n_pairs = result.get('eigen', {'k': 0})['k']
         if args.k < n_pairs and not has_pairs(result, path, args):
             raise ValueError(f'--k {args.k} would replace {n_pairs} pairs in {path}; raise --k')
@@ -369,7 +369,7 @@ def parse(argv):
     add('--draws', type=cli.count, default=10, help='random thetas whose mean L_eps normalises')
     add('--trace', type=int, default=0, metavar='PROBES', help='of Hutchinson, a product each')
     add('--density', type=int, default=0, metavar='PROBES', help='of Lanczos, 50 products each')
-    analysis.add_flags(parser)
+    cli.add_flags(parser)
     args = parser.parse_args(argv)
     args.max_products = args.max_products or (50 if args.solver == 'power' else 15) * args.k
     return args

@@ -64,9 +64,9 @@ def similarity(run, args):
             errors += [error for _, _, error in ends]
         return {'cosine': statistics.mean(cosines), 'robust_error': statistics.mean(errors)}
 
-    path = analysis.output(run.folder, 'similarity', args)
+    path = record.output(run.folder, 'similarity', args, run.defaults)
     sweep = {'eigenvectors': source, 'a': args.a}
-    result = analysis.resume(path, run.metadata | sweep, args.device)
+    result = record.resume(path, run.metadata | sweep, args.device)
     keys = [{'direction': direction, 'a': a} for direction in directions for a in args.a]
     measure(result, path, keys, compute)
     record.save(path, result | {'complete': True})
@@ -85,9 +85,9 @@ def surface(run, args):
         _, loss, error = attacked(run, model, a * v_1 + b * v_2, args.seed)
         return {'loss': loss, 'robust_error': error}
 
-    path = analysis.output(run.folder, 'surface', args)
+    path = record.output(run.folder, 'surface', args, run.defaults)
     sweep = {'eigenvectors': source, 'grid': args.grid, 'radius': args.radius}
-    result = analysis.resume(path, run.metadata | sweep, args.device)
+    result = record.resume(path, run.metadata | sweep, args.device)
     ticks = [args.radius * (2 * i / max(1, args.grid - 1) - 1) for i in range(args.grid)]
     measure(result, path, [{'a': a, 'b': b} for a in ticks for b in ticks], compute)
     record.save(path, result | {'complete': True})
@@ -149,11 +149,12 @@ def connect(run, args):
     alike = [(e.metadata['dataset'], e.eps, [p.shape for p in e.model.parameters()]) for e in ends]
     if run.metadata['digest'] == other.metadata['digest'] or alike[0] != alike[1]:
         raise ValueError(f'{args.run}, {args.other}: no two networks of one shape, dataset and eps')
-    file = analysis.output(run.folder, f'connect_{other.folder.resolve().name}', args)
+    stem = f'connect_{other.folder.resolve().name}'
+    file = record.output(run.folder, stem, args, run.defaults)
     settings = run.metadata | {'curve': 'bezier', 'other': other.metadata['digest']}
     for name in 'n_control', 'epochs', 'lr', 'train_batch_size':
         settings[name] = vars(args)[name]
-    result = analysis.resume(file, settings | {'n_points': args.points}, args.device)
+    result = record.resume(file, settings | {'n_points': args.points}, args.device)
     line = torch.stack([flat(end.model.parameters()) for end in ends])
     share = torch.arange(args.n_control).to(line)[:, None] / (args.n_control - 1)
     curves = {'line': line, 'bezier': (1 - share) * line[0] + share * line[1]}
@@ -214,7 +215,7 @@ def dead_units(model, x, batch_size):
 
 def dead(run, args):
     """C.2.4: the share of units in each layer that no training image activates."""
-    path = analysis.output(run.folder, 'dead', args)
+    path = record.output(run.folder, 'dead', args, run.defaults)
     classes, units = dead_units(run.model, run.x, args.batch_size)
     n_classes, layers = len(classes.unique()), []
     print(f'{args.run} predicts {n_classes} class(es)')
@@ -238,7 +239,7 @@ def main(argv=None):
         sub = commands.add_parser(name, help=text, formatter_class=cli.HelpFormatter)
         sub.set_defaults(command=function)
         sub.add_argument('run', help='run folder (its last model) or checkpoint')
-        analysis.add_flags(sub)
+        cli.add_flags(sub)
         return sub.add_argument
 
     add = command(similarity)

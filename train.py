@@ -419,7 +419,7 @@ def parser():
     add('--ema', type=float, metavar='DECAY', help='average of the weights, kept as ema1.pt ...')
     add('--trace', type=cli.count, metavar='N', help='log the first and last N updates')
     add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32', help='of training alone')
-    add('--seed', type=int, default=0, help='of initialisation, data order and attacks')
+    add('--seed', type=cli.seed, default=0, help='of initialisation, data order and attacks')
     add('--minutes', type=float, default=math.inf, help='stop after the epoch in which they pass')
     add('--compile', action='store_true', help='torch.compile the network')
     add('--out', help='folder of the run; ckpts/DATASET_MODEL_SCHED[_periodic]_sSEED')
@@ -443,6 +443,8 @@ def main(argv=None):
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # a resumed run is bit-identical
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    x, y, *_ = data.load(config.dataset, args.data_dir, args.device)
+    config.data = data.digest(x, y)
     defaults = config_of([])
     diverged = folder / 'diverged.json'
     with record.lock(folder):

@@ -8,7 +8,12 @@ import sys
 import torch
 from tqdm import tqdm
 
-from lib import distributed, record
+import data
+from lib import distributed
+
+
+class Diverged(Exception):
+    """A run whose loss became nan or infinite: a result, but no model."""
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -34,17 +39,20 @@ def budget(text):
 
 def step(text):
     """A type for argparse: a step as a `budget`, or such as eps/8, which stays a string."""
-    if not text.startswith('eps'):
-        return budget(text)
-    if not re.fullmatch(r'eps/[1-9]\d*', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a fraction such as eps/8')
-    return text
+    return text if re.fullmatch(r'eps/[1-9]\d*', text) else budget(text)
 
 
 def count(text):
     """A type for argparse: a whole number, at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
+    return int(text)
+
+
+def seed(text):
+    """A type for argparse: a whole number of at most 18 digits, which fits into 64 bits."""
+    if not re.fullmatch(r'-?\d{1,18}', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at most 18 digits')
     return int(text)
 
 
@@ -68,6 +76,17 @@ def add_machine_flags(parser):
     add('--data-dir', default='data', help='folder of <dataset>.npz and downloads')
 
 
+def add_flags(parser):
+    """Adds the flags that all analyses share."""
+    add = parser.add_argument
+    add('--n-examples', type=count, help='number of images, a fixed random subset; all')
+    add('--eps', type=budget, help="the run's; the paper's for a checkpoint outside of a run")
+    add('--dataset', choices=data.DATASETS, help='of a checkpoint outside of a run; by its shape')
+    add('--seed', type=seed, default=0, help='of attacks and random vectors')
+    add('--batch-size', type=count, default=250, help='images in the model at a time')
+    add_machine_flags(parser)
+
+
 class Lines:
     """A file that turns each state of a progress bar into a line on stderr."""
 
@@ -76,9 +95,10 @@ class Lines:
             print(text.strip(), file=sys.stderr, flush=True)
 
 
-def bar(unit, total, done=0):
-    """A progress bar of `total` units, of which `done` are over; in a file, a line a minute."""
-    options = {'unit': unit, 'total': total, 'initial': done, 'unit_scale': total > 10000}
+def bar(unit, total=None, done=0):
+    """A progress bar, of whose `total` units `done` are over; in a file, a line a minute."""
+    options = {'unit': unit, 'total': total, 'initial': done}
+    options['unit_scale'] = total is None or total > 10000
     if not sys.stderr.isatty():
         options |= {'file': Lines(), 'mininterval': 60, 'ncols': 80}
     return tqdm(leave=False, disable=distributed.RANK > 0, **options)
@@ -86,10 +106,12 @@ def bar(unit, total, done=0):
 
 def run(main):
     """Runs a script's main; bad input, full memory and Ctrl-C end it with one line."""
+    for stream in sys.stdout, sys.stderr:
+        stream.reconfigure(errors='replace')  # not every terminal can show a dash
     try:
         with distributed.joined():
             main()
-    except record.Diverged as end:
+    except Diverged as end:
         if distributed.RANK == 0:
             print(f'{end}: nothing to do')
     except (ValueError, OSError, ImportError) as error:
@@ -98,6 +120,9 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit('interrupted; run the same command again to resume')
     except (MemoryError, RuntimeError) as error:  # torch's and cuda's are RuntimeErrors
+        if type(error).__module__.startswith(('torch._dynamo', 'torch._inductor')):
+            reason = str(error).partition('\n')[0]
+            sys.exit(f'error: --compile failed ({reason}); leave it out, or install a compiler')
         if isinstance(error, RuntimeError) and 'memory' not in str(error).lower():
             raise
         reason = str(error).partition('\n')[0]

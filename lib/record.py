@@ -25,7 +25,7 @@ import torch
 
 import data
 import models
-from lib import distributed
+from lib import cli, distributed
 
 
 def replace(path, write):
@@ -87,21 +87,19 @@ def load(path):
 def lock(folder):
     """Inside, this job alone holds `folder`, which is created if missing; waits while another one
     does. The lock is released when its holder ends, even by SIGKILL."""
-    if distributed.RANK > 0:  # the first process holds it
-        distributed.wait()
-        yield
-        return
-    path = pathlib.Path(folder) / '.lock'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder_lock = filelock.FileLock(path)
+    folder_lock = filelock.FileLock(pathlib.Path(folder) / '.lock')
+    if distributed.RANK == 0:  # the first process holds it
+        pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        try:
+            folder_lock.acquire(blocking=False)
+        except filelock.Timeout:
+            print(f'{folder} is in use by another process; waiting for it')
+            folder_lock.acquire()
+    distributed.wait()
     try:
-        acquired = folder_lock.acquire(blocking=False)
-    except filelock.Timeout:
-        print(f'{folder} is in use by another process; waiting for it')
-        acquired = folder_lock.acquire()
-    with acquired:
-        distributed.wait()
         yield
+    finally:
+        folder_lock.release()
 
 
 def start(folder, config, defaults, device):
@@ -111,46 +109,49 @@ def start(folder, config, defaults, device):
     Returns the state in last.pt or None. ValueError names settings that differ or missing files.
     """
     path, last, log_file = folder / 'config.json', folder / 'last.pt', folder / 'log.jsonl'
-    begun = dict(config)
-    others = [file for file in folder.iterdir() if file != path and file.name[0] != '.']
-    if others:  # else no epoch is over, and settings may still be corrected
-        if not path.exists():
-            raise ValueError(f'{folder} holds files but no config.json; name another with --out')
-        begun = defaults | load(path)
-    state, log = None, []
-    if last.exists():
-        state = load(last)
-        log = state['log']
-    elif log_file.exists():
-        log = load(log_file)
-    changed = [name for name in config if begun[name] != config[name]]
+    names = {file.name for file in folder.iterdir() if file.name[0] != '.'}
+    is_new = names <= {path.name}  # no epoch is over: settings may still be corrected
+    if not is_new and path.name not in names:
+        raise ValueError(f'{folder} holds files but no config.json; name another with --out')
+    begun = dict(config) if is_new else defaults | load(path)
+    changed = [name for name in config if begun.get(name, config[name]) != config[name]]
     if changed:
         was, now = (data.show_settings(changed, settings) for settings in (begun, config))
         raise ValueError(f'{folder} was begun with {was}, not {now}; name a new one with --out')
+    state = load(last) if last.exists() else None
+    log = load(log_file) if not state and log_file.exists() else []
+    n_epochs = len(state['log'] if state else log)
     ends = itertools.accumulate(config['periods'])
-    files = [file for file, end in zip(period_files(folder, config), ends) if end <= len(log)]
-    if 0 < len(log) < config['epochs']:
-        files.append(last)
-    missing = ', '.join(file.name for file in files if not file.exists())
-    if missing:
-        raise ValueError(f'{folder} has lost {missing}: put it back, or delete all to start over')
-    if len(log) < config['epochs']:
+    needed = [file for file, end in zip(period_files(folder, config), ends) if end <= n_epochs]
+    if 0 < n_epochs < config['epochs']:
+        needed.append(last)
+    lost = ', '.join(file.name for file in needed if not file.exists())
+    if lost:
+        raise ValueError(f'{folder} has lost {lost}: put it back, or delete all to start over')
+    if n_epochs < config['epochs']:
         add_provenance(begun, device)
         save(path, begun)
     return state
 
 
+def is_run(folder):
+    """Whether train.py has begun `folder`: the config.json of a foreign model has no periods."""
+    path = pathlib.Path(folder) / 'config.json'
+    return path.exists() and 'periods' in load(path)
+
+
 def load_config(folder):
     """The config.json of the run in `folder`; ValueError if there is none."""
-    path = pathlib.Path(folder) / 'config.json'
-    if not path.exists():
-        raise ValueError(f'{folder} is not a run: it has no config.json')
-    return load(path)
+    if not is_run(folder):
+        raise ValueError(f'{folder} is not a run: it has no config.json of train.py')
+    return load(pathlib.Path(folder) / 'config.json')
 
 
-def period_files(folder, config):
-    """The path of the model at the end of each period of a run: period1.pt, period2.pt, ..."""
-    return [pathlib.Path(folder) / f'period{i + 1}.pt' for i in range(len(config['periods']))]
+def period_files(folder, config, weights='last'):
+    """The path of the model of each period of a run: period1.pt, period2.pt, ... at its end; with
+    `weights` best or ema such as best1.pt."""
+    stem = 'period' if weights == 'last' else weights
+    return [pathlib.Path(folder) / f'{stem}{i + 1}.pt' for i in range(len(config['periods']))]
 
 
 def finished(folder):
@@ -159,35 +160,49 @@ def finished(folder):
     return all(file.exists() for file in files) and not files[0].with_name('last.pt').exists()
 
 
-class Diverged(Exception):
-    """A run whose loss became nan or infinite: a result, but no model."""
-
-
-class Unfinished(ValueError):
-    """A run that can be resumed: no result yet."""
+class NoModel(ValueError):
+    """A run without the models that are asked for: it is not finished, or never kept such."""
 
 
 def find_runs(paths):
-    """The runs and checkpoints among `paths`, and all runs below a folder that is not a run."""
-    found = []
-    for path in map(pathlib.Path, paths):
-        is_run = not path.is_dir() or (path / 'config.json').exists()
-        found += [path] if is_run else sorted(file.parent for file in path.rglob('config.json'))
+    """The runs and checkpoints among `paths`, and all runs below a folder that is not a run: each
+    once, by the path or link that comes first."""
+    found, seen = [], set()
+    waiting = [pathlib.Path(path) for path in reversed(paths)]
+    while waiting:
+        path = waiting.pop()
+        if os.path.realpath(path) in seen:  # such as a link to a folder above it
+            continue
+        seen.add(os.path.realpath(path))
+        if not path.is_dir() or is_run(path):
+            found.append(path)
+        else:
+            folders = [child for child in path.iterdir() if child.is_dir()]
+            waiting += sorted(folders, reverse=True)
     return found
 
 
-def members(path):
-    """The checkpoints of the ensemble at `path`: of a run folder the model at the end of each
-    period, else `path` itself. Unfinished or Diverged for a run that is."""
+def members(path, weights='last', member=None):
+    """The checkpoints of the ensemble at `path`: of a run folder the model of each period, or of
+    the member-th alone (from 1), else `path` itself. NoModel or cli.Diverged where there is none.
+    """
     path = pathlib.Path(path)
     if not path.is_dir():
+        if weights != 'last' or member:
+            raise ValueError(f'{path} is no run, to which --weights and --member apply')
         return [path]
     config = load_config(path)
     if (path / 'diverged.json').exists():
-        raise Diverged(f'{path} diverged in epoch {load(path / "diverged.json")["epoch"]}')
+        raise cli.Diverged(f'{path} diverged in epoch {load(path / "diverged.json")["epoch"]}')
     if not finished(path):
-        raise Unfinished(f'{path} is not finished; resume it with the same train.py command')
-    return period_files(path, config)
+        raise NoModel(f'{path} is not finished; resume it with the same train.py command')
+    files = period_files(path, config, weights)
+    if not all(file.exists() for file in files):
+        flags = 'the best ones with --n-val, averages with --ema'
+        raise NoModel(f'{path} has no {files[0].name}: train.py keeps {flags}')
+    if member and member > len(files):
+        raise NoModel(f'--member {member}: {path} has periods 1 .. {len(files)}')
+    return files[member - 1 : member] if member else files
 
 
 def load_model(path, dataset=None):
@@ -196,33 +211,62 @@ def load_model(path, dataset=None):
     Outside of a run they are the paper's for the first model and dataset (`dataset` if given) that
     the shapes fit. ValueError, naming the file, where they fit none.
     """
-    state = load(path)
-    folder = pathlib.Path(path).parent
-    config = load_config(folder) if (folder / 'config.json').exists() else None
+    content, folder = load(path), pathlib.Path(path).parent
+    config = load_config(folder) if is_run(folder) else None
     try:
+        state = state_dict_in(content)
         config = config or recognize(state, [dataset] if dataset else data.DATASETS)
         if dataset not in (None, config['dataset']):
             raise ValueError(f'its run is on {config["dataset"]}, not on {dataset}')
         model = models.build(config['model'], data.DATASETS[config['dataset']], config['width'])
-        model.load_state_dict(state)
+        model.load_state_dict(renamed(state, model.state_dict()))
     except (RuntimeError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f'{path} does not fit: {error}') from None
     return model, config
 
 
+def state_dict_in(content):
+    """The parameters in a checkpoint, which may hold them beside other things, such as an epoch."""
+    if not isinstance(content, dict):
+        raise ValueError(f'it is a {type(content).__name__}, not a state_dict')
+    inside = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value and all(map(torch.is_tensor, value.values())):
+            inside[str(key)] = value
+    if len(inside) > 1:
+        raise ValueError(f'it holds several models, {", ".join(inside)}: save one of them alone')
+    return inside.popitem()[1] if inside else content
+
+
+def renamed(state, names):
+    """`state`, if it lacks some `names`, without what DataParallel, torch.compile and AveragedModel
+    add to a state_dict: prefixes and a counter."""
+    if names.keys() <= state.keys():
+        return state
+    state = {re.sub(r'^((module|_orig_mod)\.)+', '', str(key)): state[key] for key in state}
+    state.pop('n_averaged', None)
+    return state
+
+
 def recognize(state, datasets):
-    """The paper's settings for the first dataset and model with the names and shapes of `state`."""
+    """The paper's settings for the first dataset and model with the names and shapes of `state`; of
+    those that have only some of them, that with the most, which load_state_dict then refuses."""
+    best, n_best = None, 0
     for dataset, model in itertools.product(datasets, models.MODELS):
         with torch.device('meta'):
             thin = models.build(model, data.DATASETS[dataset], 1).state_dict()
-            width = len(next(iter(state.values()))) // len(next(iter(thin.values())))
-            fits = models.build(model, data.DATASETS[dataset], max(1, width)).state_dict()
-        if {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in fits.items()}:
-            found = {'dataset': dataset, 'model': model, 'width': width}
-            return data.DATASETS[dataset].settings() | found
+            given, first = renamed(state, thin), next(iter(thin))
+            if not thin.keys() <= given.keys():
+                continue
+            width = max(1, len(given[first]) // len(thin[first]))
+            fits = models.build(model, data.DATASETS[dataset], width).state_dict()
+        if all(given[key].shape == fits[key].shape for key in fits) and len(fits) > n_best:
+            best, n_best = {'dataset': dataset, 'model': model, 'width': width}, len(fits)
+    if best:
+        return data.DATASETS[best['dataset']].settings() | best
     raise ValueError(
         f'these are the parameters of none of {", ".join(models.MODELS)} on '
-        f'{", ".join(datasets)}, but {", ".join(list(state)[:3]) or "nothing"}, ...'
+        f'{", ".join(datasets)}, but {", ".join(map(str, [*state][:3])) or "nothing"}, ...'
     )
 
 
@@ -235,12 +279,53 @@ def add_provenance(result, device):
     """Adds the commit, versions, device and date of this session to result['provenance']."""
     here = pathlib.Path(__file__).parent
     command = ['git', 'describe', '--always', '--dirty', '--exclude=*']
-    commit = subprocess.run(command, text=True, capture_output=True, cwd=here).stdout.strip()
+    commit = ''
+    with contextlib.suppress(OSError):  # there may be no git
+        commit = subprocess.run(command, text=True, capture_output=True, cwd=here).stdout.strip()
     name = f'{platform.machine()} CPU, {torch.get_num_threads()} threads'
     if torch.device(device).type == 'cuda':
         name = torch.cuda.get_device_name(device)
-    session = {'commit': commit, 'python': platform.python_version(), 'torch': torch.__version__}
-    session |= {'device': name, 'date': datetime.date.today().isoformat()}
+    session = {'commit': commit or 'unknown', 'python': platform.python_version()}
+    session |= {'torch': torch.__version__, 'device': name}
+    session['date'] = datetime.date.today().isoformat()
     sessions = result.setdefault('provenance', [])
     if session not in sessions:
         sessions.append(session)
+
+
+def folder_of(path, digest):
+    """Where results on a run go: into its folder, or, if that is read-only or `path` a checkpoint
+    (of this digest), into evals/."""
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        return pathlib.Path('evals', f'checkpoint_{digest[:10]}')
+    if os.access(path, os.W_OK):
+        return path
+    folder = pathlib.Path('evals', f'{path.resolve().name}_{digest[:10]}')
+    print(f'{path} is read-only; results go to {folder}')
+    return folder
+
+
+def output(folder, stem, args, defaults=None):
+    """The path of the result `stem` in a folder; in its name are the flags that are given, unless
+    they state the `defaults`, name -> value, of what is evaluated."""
+    defaults = {'seed': 0} | (defaults or {})
+    for name, tag in ('n_examples', 'n'), ('eps', 'eps'), ('seed', 'seed'):
+        value = getattr(args, name)
+        if value not in (None, defaults.get(name)):
+            stem += f'_{tag}{value:.6g}' if name == 'eps' else f'_{tag}{value}'
+    return folder / f'{stem}.json'
+
+
+def resume(path, metadata, device):
+    """The result at `path` if it has the same `metadata`, but for paths, else a new one."""
+    distributed.agree(f'{path} {metadata}')
+    result = load(path) if path.exists() else dict(metadata)
+    known = {'data': metadata['data'], **result}  # older results do not say of what data they are
+    by_path = 'checkpoint', 'members'  # their digests decide
+    others = [key for key in metadata if key not in by_path and known.get(key) != metadata[key]]
+    if others:
+        print(f'{path} is of other {", ".join(others)}; it is replaced')
+        result = dict(metadata)
+    add_provenance(result, device)
+    return result

@@ -114,7 +114,7 @@ def table_1(runs, errors):
     """The rows of the paper's Table 1, each with those of `runs` that are of it."""
     rows = []
     for row, paper in PAPER.iterrows():
-        ours = runs[(runs[ROW] == row).all(axis=1)]
+        ours = runs[(runs[ROW] == list(row)).all(axis=1)]
         rows.append(dict(zip(ROW, row)) | cells(ours, errors, paper))
     return pd.DataFrame(rows)
 

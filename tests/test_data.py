@@ -40,6 +40,8 @@ def test_a_foreign_file_is_refused_by_name(tmp_path):
         ('y_train', np.zeros((200, 1), np.uint8), r'labels \(200, 1\)'),
         ('y_test', np.full(60, 10, np.uint8), 'labels are 10 .. 10'),
         ('y_test', np.full(60, -1, np.int8), 'labels are -1 .. -1'),
+        ('y_test', np.full(60, 1.5), 'labels are float64'),
+        ('x_train', np.ones((200, 28, 28), np.uint8), 'only 0 and 1; multiply'),
     ):
         write(tmp_path / 'mnist.npz', **{key: array})
         with pytest.raises(ValueError, match=f'{tmp_path}/mnist.npz is not mnist: .*{fault}'):
@@ -69,6 +71,15 @@ def test_a_download_loads_as_its_npz_does_or_its_failure_names_the_ways_out(tmp_
     arrays.clear()
     with pytest.raises(ValueError, match='b/mnist.npz does.*resolution.*--data-dir'):
         data.load('mnist', tmp_path / 'b')
+
+
+def test_a_digest_is_that_of_every_pixel_and_label():
+    x, y = (tensor[:300] for tensor in data.load('mnist5k')[2:])
+    brighter, relabelled = x.clone(), y.clone()
+    brighter[299, 0, 27, 27] = 1 / 255
+    relabelled[299] = 0
+    digests = {data.digest(*pair) for pair in ((x, y), (brighter, y), (x, relabelled))}
+    assert len(digests) == 3 and data.digest(x.clone(), y) in digests
 
 
 def test_the_attack_of_training_is_the_runs_at_its_budget_and_the_papers_at_another():

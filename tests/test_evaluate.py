@@ -1,8 +1,11 @@
+import dataclasses
 import functools
 import math
+import os
 import pathlib
 import shutil
 import signal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -50,8 +53,8 @@ def test_every_attack_is_a_column_and_the_worst_case_is_that_of_all(copies, shor
 def test_the_attacks_of_a_column_are_the_papers():
     run = {'dataset': 'cifar10', 'eps': 8 / 255, 'step_size': 3 / 255, 'n_iter': 4}
     apgd = {'n_iter': 100, 'n_restarts': 5}
-    attacks = evaluate.attacks_of(attack.ATTACKS, run, 8 / 255).items()
-    assert {key: run_attack.keywords for key, run_attack in attacks} == {
+    attacks = evaluate.attacks_of(attack.ATTACKS, run, 8 / 255)
+    assert {key: settings for key, (_, settings) in attacks.items()} == {
         'pgd': {'step_size': 3 / 255, 'n_iter': 4},  # of training
         'pgd100': {'step_size': pytest.approx(1 / 255), 'n_iter': 100},
         'apgd100_ce': apgd | {'loss': 'ce'},
@@ -70,18 +73,18 @@ def test_a_file_that_gains_nothing_is_not_written(copies):
 
 
 def test_a_search_in_tf32_is_judged_in_float32_and_keeps_to_a_file_of_its_own(copies, monkeypatch):
-    seen, correct = [], evaluate.correct
+    seen, predict = [], evaluate.predict
 
-    def searched(model, x, y, eps, step_size, n_iter, **options):
+    def searched(model, x, y, eps, **options):
         seen.append(torch.get_float32_matmul_precision())
-        return attack.pgd(model, x, y, eps, step_size, n_iter, **options)
+        return x
 
     def judged(*args):
         seen.append(torch.get_float32_matmul_precision())
-        return correct(*args)
+        return predict(*args)
 
     monkeypatch.setitem(attack.ATTACKS, 'pgd', searched)
-    monkeypatch.setattr(evaluate, 'correct', judged)
+    monkeypatch.setattr(evaluate, 'predict', judged)
     for precision in 'tf32', 'fp32':
         evaluate.main([str(copies / 'single'), *FEW, '--precision', precision])
     assert seen == ['highest', 'high', 'highest', *['highest'] * 3]
@@ -118,8 +121,12 @@ def test_one_ensemble_of_each_dataset_and_budget_at_any_depth(copies, capsys):
     shutil.copytree(copies / 'triple', copies / 'c/diverged')
     record.save(copies / 'c/diverged/diverged.json', {'epoch': 3})
     shutil.copy(pathlib.Path(data.__file__).with_name('mnist5k.npz'), 'mnist.npz')
-    checkpoint = str(copies / 'triple/period1.pt')  # counts once
-    evaluate.main(['--ensemble', str(copies), checkpoint, *FEW, '--data-dir', '.'])
+    pathlib.Path('link').symlink_to(copies / 'triple')
+    (copies / 'loop').symlink_to(copies)
+    record.save(copies / 'config.json', {'architectures': ['ViT']})  # of another library
+    assert len(record.find_runs([copies, 'link'])) == 6  # each once
+    again = ['link', 'link/period1.pt', str(copies / 'triple/period1.pt')]  # count once
+    evaluate.main(['--ensemble', str(copies), *again, *FEW, '--data-dir', '.'])
     found = [record.load(path) for path in pathlib.Path('evals').rglob('*.json')]
     found = {(result['dataset'], result['eps'], len(result['members'])) for result in found}
     assert found == {('mnist5k', 0.1, 4), ('mnist5k', 0.2, 1), ('mnist', 0.1, 1)}
@@ -127,6 +134,29 @@ def test_one_ensemble_of_each_dataset_and_budget_at_any_depth(copies, capsys):
     assert f'left out: {copies}/c/unfinished is not finished' in text
     assert f'left out: {copies}/c/diverged diverged in epoch 3' in text
     assert f'.json: {copies}/a/b/eps/period1.pt\n' in text
+
+
+def test_other_weights_and_single_members_are_results_of_their_own(copies):
+    run = copies / 'triple'
+    for i in range(3):
+        shutil.copy(run / f'period{3 - i}.pt', run / f'best{i + 1}.pt')
+    evaluate.main([str(run), *FEW, '--weights', 'best', '--member', '1'])
+    evaluate.main([str(run), *FEW, '--member', '3'])
+    names = 'evaluate_best_member1_n20', 'evaluate_member3_n20'
+    best, last = (result_of(run, name)[0] for name in names)
+    assert best['digests'] == last['digests'] == [record.digest(run / 'period3.pt')]
+    assert (best['weights'], best['member'], last['member']) == ('best', 1, 3)
+    assert 'weights' not in last
+
+
+def test_models_that_a_run_never_kept_are_refused_by_flag(runs):
+    for flags, message in (
+        ('--weights best', 'triple has no best1.pt: .* best ones with --n-val'),
+        ('--weights ema', 'triple has no ema1.pt: .* averages with --ema'),
+        ('--member 4', '--member 4: .*triple has periods 1 .. 3'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate.main([str(runs / 'triple'), *flags.split()])
 
 
 def test_a_checkpoint_outside_of_a_run_has_the_papers_settings(copies):
@@ -160,17 +190,90 @@ def ran(monkeypatch):
     return noted
 
 
-def test_finished_attacks_are_not_run_again_and_others_are_added(copies, ran):
+def test_finished_attacks_are_not_run_again_unless_lost_and_others_are_added(copies, ran):
     for keys in 'pgd', 'pgd square5k', 'pgd square5k pgd100', 'square5k':
         evaluate.main([str(copies / 'single'), '--n-examples', '20', '--attacks', *keys.split()])
-    assert ran == [('pgd', 0), ('square5k', 0), ('pgd100', 0)]
+    (copies / 'single/evaluate_n20.npz').unlink()
+    evaluate.main([str(copies / 'single'), *FEW])
+    assert ran == [('pgd', 0), ('square5k', 0), ('pgd100', 0), ('pgd', 0)]
 
 
-def test_the_seed_reaches_the_attacks_and_the_name_of_the_result(copies, ran):
-    for seed in '03':
-        evaluate.main([str(copies / 'single'), '--attacks', 'pgd', '--seed', seed])
+def test_a_flag_that_states_the_default_names_the_same_file_and_any_other_its_own(copies, ran):
+    defaults = ['--eps', '0.1', '--seed', '0', '--n-examples', '1000', '--member', '1']
+    for flags in [], ['--seed', '3'], defaults:
+        evaluate.main([str(copies / 'single'), '--attacks', 'pgd', *flags])
     assert ran == [('pgd', 0), ('pgd', 3)]
     assert {path.name for path in copies.glob('*/*.npz')} == {'evaluate.npz', 'evaluate_seed3.npz'}
+
+
+def test_results_of_other_images_or_weights_are_replaced_and_said_so(copies, ran, capsys):
+    arrays = dict(np.load(pathlib.Path(data.__file__).with_name('mnist5k.npz')))
+    record.save('a/mnist5k.npz', arrays)
+    record.save('b/mnist5k.npz', arrays | {'y_test': 9 - arrays['y_test']})
+    for folder, weights, other in ('a', 1, ''), ('b', 1, 'data'), ('b', 2, 'digests'):
+        shutil.copy(copies / f'triple/period{weights}.pt', copies / 'single/period1.pt')
+        evaluate.main([str(copies / 'single'), *FEW, '--data-dir', folder])
+        said = capsys.readouterr().out
+        assert (f'is of other {other}; it is replaced' if other else '') in said
+        result, _ = result_of(copies / 'single')
+        assert (result['columns']['clean']['error'] > 0.8) == (folder == 'b')
+    assert result['digests'] == [record.digest(copies / 'triple/period2.pt')]
+    (path,) = (copies / 'single').glob('evaluate*.json')
+    record.save(path, {key: result[key] for key in result if key != 'data'})  # an older one
+    evaluate.main([str(copies / 'single'), *FEW])
+    assert len(ran) == 3
+
+
+def test_a_changed_attack_is_run_again_with_all_that_came_after_it(copies, ran, monkeypatch):
+    argv = [str(copies / 'single'), '--n-examples', '20', '--standard']
+    table = {key: attack.ATTACKS[key] for key in ('pgd', 'pgd100', 'square5k')}
+    for pgd100 in table['pgd100'], functools.partial(table['pgd100'], n_iter=2), None:
+        table['pgd100'] = pgd100
+        table = {key: run for key, run in table.items() if run}
+        monkeypatch.setattr(attack, 'STANDARD', table)
+        evaluate.main(argv)
+    assert [key for key, _ in ran] == 'pgd pgd100 square5k pgd100 square5k square5k'.split()
+    columns = result_of(copies / 'single')[0]['columns']
+    assert columns['worst']['settings'] == {'of': 'clean+pgd+square5k'}
+
+
+def test_the_classes_that_a_model_and_each_member_predict_are_counted(copies):
+    state = record.load(copies / 'triple/period2.pt')
+    record.save(copies / 'triple/period2.pt', {key: 0 * value for key, value in state.items()})
+    evaluate.main([str(copies / 'triple'), *FEW])
+    result, robust = result_of(copies / 'triple')
+    x = data.load('mnist5k')[2][torch.from_numpy(robust['index'])]
+    members = [record.load_model(copies / f'triple/period{i}.pt')[0] for i in (1, 2, 3)]
+    first, second, third = (len(set(member(x).argmax(1).tolist())) for member in members)
+    assert result['members_predicted_classes'] == [first, second, third]
+    assert second == 1 < result['predicted_classes']
+
+
+def test_a_run_that_is_read_only_is_evaluated_into_evals(copies, monkeypatch, capsys):
+    monkeypatch.setattr(os, 'access', lambda path, mode: False)
+    evaluate.main([str(copies / 'single'), *FEW])
+    assert 'single is read-only; results go to evals/single_' in capsys.readouterr().out
+    assert result_of('evals', 'single_*/evaluate*') and not list(copies.glob('*/evaluate*'))
+
+
+DLR = [('ATTACKS', 2, 'apgd100_dlr'), ('STANDARD', 3, 'apgd_t')]
+
+
+@pytest.mark.parametrize('table, n, key', DLR)
+def test_dlr_is_left_out_where_there_are_too_few_classes(table, n, key, monkeypatch, capsys):
+    few = dataclasses.replace(data.DATASETS['mnist'], n_classes=n)
+    monkeypatch.setitem(data.DATASETS, 'few', few)
+    run = {'dataset': 'few', 'eps': 0.1, 'step_size': 0.1, 'n_iter': 2}
+    attacks = evaluate.attacks_of(vars(attack)[table], run, 0.1)
+    assert attacks.keys() == vars(attack)[table].keys() - {key}
+    assert f'left out: {attack.title(key)}, which needs {n + 1}' in capsys.readouterr().out
+
+
+def test_a_progress_bar_that_redraws_changes_no_logits(copies, monkeypatch):
+    bar = mock.MagicMock()
+    bar.__enter__().update.return_value = True
+    monkeypatch.setattr(evaluate.cli, 'bar', lambda unit: bar)
+    evaluate.main([str(copies / 'single'), *FEW])
 
 
 def test_the_standard_evaluation_is_that_of_autoattack():
@@ -213,13 +316,11 @@ def test_an_evaluation_killed_at_any_file_ends_as_one_in_one_go(copies, short, f
     assert errors[0] == errors[1] and whole['warnings'] == again['warnings']
 
 
-def test_results_of_a_checkpoint_that_changed_are_replaced(copies, capsys):
-    evaluate.main([str(copies / 'single'), *FEW])
-    shutil.copy(copies / 'triple/period1.pt', copies / 'single/period1.pt')
-    evaluate.main([str(copies / 'single'), *FEW])
-    assert 'of another checkpoint' in capsys.readouterr().out
-    digest = record.digest(copies / 'single/period1.pt')
-    assert result_of(copies / 'single')[0]['digests'] == [digest]
+def test_an_attack_of_autoattacks_may_be_a_column_of_its_own(copies, short):
+    evaluate.main([str(copies / 'single'), '--n-examples', '20', '--attacks', 'apgd_ce', 'apgd_t'])
+    columns = result_of(copies / 'single')[0]['columns']
+    assert set(columns) == {'clean', 'apgd_ce', 'apgd_t', 'worst'}
+    assert 'after' not in columns['apgd_t']['settings']  # not cumulative
 
 
 @pytest.mark.parametrize(
@@ -244,7 +345,8 @@ def test_what_is_no_finished_run_is_refused_by_name(copies, spoil, message):
     [
         ('', 'name either runs or --ensemble'),
         ('x --n-examples 0', "--n-examples: '0'"),
-        ('x --standard --attacks pgd', 'leave out --attacks'),
+        ('x --standard --attacks apgd_t', 'its attacks in their order: apgd_ce apgd_t'),
+        (f'x --seed {2**63}', f"--seed: '{2**63}'"),
     ],
 )
 def test_bad_flags_are_refused_with_their_value(flags, message, capsys):

@@ -1,5 +1,7 @@
+import io
 import os
 import pathlib
+import shutil
 import sys
 import time
 from unittest import mock
@@ -10,6 +12,7 @@ import torch
 
 import data
 import evaluate
+import hessian
 import models
 import train
 from lib import cli, record
@@ -98,13 +101,34 @@ def test_a_released_checkpoint_is_recognised_by_its_parameters(name):
     assert all(map(torch.equal, found.state_dict().values(), model.state_dict().values()))
 
 
+def test_a_wrapped_checkpoint_is_unwrapped_also_beside_a_foreign_config(runs):
+    state = record.load(runs / 'single/period1.pt')
+    record.save('config.json', {'architectures': ['ViT']})
+    for content in (
+        {'epoch': 3, 'model': state, 'optimizer': {'state': {0: state}}},
+        {'state_dict': {f'module._orig_mod.{key}': state[key] for key in state}},
+        {'n_averaged': torch.tensor(5)} | {f'module.{key}': state[key] for key in state},
+    ):
+        record.save('wrapped.pt', content)
+        model, _ = record.load_model('wrapped.pt')
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize('config', [None, {'dataset': 'mnist', 'model': 'lenet', 'width': 2}])
 def test_parameters_that_do_not_fit_are_refused_by_name(config):
-    record.save('foreign.pt', torch.nn.Linear(3, 3).state_dict())
     if config:
-        record.save('config.json', config)
-    with pytest.raises(ValueError, match='foreign.pt does not fit: '):
-        record.load_model('foreign.pt')
+        record.save('config.json', config | {'periods': [1]})
+    lenet = models.build('lenet', data.DATASETS['mnist'], 2).state_dict()
+    for content, reason in (
+        (torch.nn.Linear(3, 3).state_dict(), ''),
+        ({}, ''),
+        ([1.0], 'it is a list'),
+        ({'net': lenet, 'ema': lenet}, 'several models, net, ema'),
+        ({'mean': torch.zeros(3), **lenet}, '"mean"'),
+    ):
+        record.save('foreign.pt', content)
+        with pytest.raises(ValueError, match=f'(?s)foreign.pt does not fit: .*{reason}'):
+            record.load_model('foreign.pt')
 
 
 def test_a_dataset_that_is_not_the_runs_is_refused(runs):
@@ -156,10 +180,17 @@ def test_a_setting_that_an_older_config_lacks_counts_as_its_default(tiny, tmp_pa
 
 
 def test_a_flag_that_failed_before_the_first_epoch_can_be_corrected(tiny):
-    with pytest.raises(ValueError, match='5000 of 4000'):
+    with pytest.raises(ValueError, match='--n-train 5000 .* there are 4000'):
         train.main([*tiny, '--n-train', '5000', '--out', 'run'])
     train.main([*tiny, '--out', 'run'])
     assert record.load_config('run')['n_train'] == 256
+
+
+def test_a_run_is_not_analysed_on_other_images_than_it_was_trained_on(runs, tmp_path):
+    run = shutil.copytree(runs / 'single', tmp_path / 'run')
+    record.save(run / 'config.json', record.load_config(run) | {'data': 'other'})
+    with pytest.raises(ValueError, match='run was trained on other images than those of data'):
+        hessian.main([str(run)])
 
 
 # The command line
@@ -187,6 +218,22 @@ def test_a_diverged_run_is_a_result_that_each_command_says_in_one_line(tiny, mon
 def test_memory_that_runs_out_ends_in_one_line(allocate):
     with pytest.raises(SystemExit, match='^error: memory ran out [^\n]* --batch-size'):
         cli.run(allocate)
+
+
+def test_a_missing_compiler_is_one_line_and_missing_git_none(monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    record.add_provenance(made := {}, 'cpu')
+    assert made['provenance'][0]['commit'] == 'unknown'
+    failed = type('InductorError', (RuntimeError,), {'__module__': 'torch._inductor.exc'})
+    with pytest.raises(SystemExit, match='^error: --compile failed .no g.... leave it out[^\n]*$'):
+        cli.run(mock.Mock(side_effect=failed('no g++\n\nSet TORCHDYNAMO_VERBOSE=1')))
+
+
+def test_a_terminal_of_few_characters_fails_nothing(monkeypatch):
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(io.BytesIO(), 'ascii'))
+    cli.run(lambda: print('pgd — 3.00'))
+    sys.stdout.seek(0)
+    assert sys.stdout.read() == 'pgd ? 3.00\n'
 
 
 def test_bad_input_ends_in_one_line_and_an_error_of_ours_does_not():

@@ -67,22 +67,23 @@ def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
             assert trained >= {word for word in command if word.startswith('ckpts/')}  # no waiting
             measurements.append(' '.join(command))
     assert len(set(measurements)) == len(measurements)
-    scripts = {line.split(' ckpts/')[0].removeprefix('landscape.py ') for line in measurements}
+    scripts = {re.split(r' ckpts/| --ens', line)[0] for line in measurements}
+    scripts = {script.removeprefix('landscape.py ') for script in scripts}
     assert scripts == {*'evaluate.py hessian.py theory.py similarity surface connect dead'.split()}
-    assert parsed(last).runs == [f'ckpts/{size}']
+    assert parsed(last).folders == [f'ckpts/{size}']
     assert pathlib.Path(parsed(last).out) == pathlib.Path('results', *flags and [size])
 
 
 def test_small_has_five_seeds_but_three_of_mnist_at_04_and_three_pairs():
     seeds = {}  # of each measurement, in the order of its jobs
     for command in (' '.join(c) for c in sum(listed('--small')[0], []) if c[0] != 'train.py'):
-        cell = re.sub(r'_s\d ', '_s ', command)
+        cell = re.sub(r'_s\d+ ', '_s ', command)
         seeds[cell] = seeds.get(cell, '') + ''.join(re.findall(r'_s(\d) ', command))
     fixed = {'landscape.py connect': '012345', 'landscape.py surface': '0', 'theory.py': ''}
     for cell in seeds:
         usual = '012' if re.search('mnist_.*_eps0.4_', cell) else '01234'
         assert seeds[cell] == fixed.get(cell.split(' ckpts/')[0], usual)
-    assert sum(cell.startswith('evaluate.py') for cell in seeds) == 2 * (19 + 3) + 12
+    assert sum(cell.startswith('evaluate.py') for cell in seeds) == 2 * (19 + 3) + 12 + 34
 
 
 def test_the_list_covers_the_papers_table_and_studies():
