@@ -134,6 +134,8 @@ def their_step(args, net, x, y, c):
 
 
 STANDARD = 'fab_t', 'standard'
+AUTO_ATTACK = {'apgd100_ce': 'apgd-ce', 'apgd100_dlr': 'apgd-dlr', 'square5k': 'square'}
+AUTO_ATTACK['fab_t'] = 'fab-t'
 
 
 def attacks(args, keys=('apgd100_ce', 'apgd100_dlr', 'square5k')):
@@ -192,13 +194,11 @@ def find_peers(args, model, eps):
         from autoattack import AutoAttack
 
         def auto_attack(key, x, y):
-            kind = {'apgd100_ce': 'apgd-ce', 'apgd100_dlr': 'apgd-dlr', 'square5k': 'square'}
-            options = {'attacks_to_run': [kind.get(key)], 'version': 'custom'}
-            options = options if key in kind else {'version': 'standard'}
-            options |= {'device': args.device, 'verbose': False, 'seed': 0}
+            version = 'standard' if key in STANDARD else 'custom'
+            options = {'version': version, 'device': args.device, 'verbose': False, 'seed': 0}
             attacker = AutoAttack(model, norm='Linf', eps=eps, **options)
-            if key == 'fab_t':
-                attacker.attacks_to_run = ['fab-t']
+            if key != 'standard':
+                attacker.attacks_to_run = [AUTO_ATTACK[key]]
             return attacker.run_standard_evaluation(x, y, bs=250)
 
         found['AutoAttack'] = auto_attack

@@ -3,6 +3,7 @@
 import math
 import os
 import pathlib
+import runpy
 import shutil
 import signal
 import socket
@@ -10,6 +11,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from conftest import printed
 from test_evaluate import short  # noqa: F401
 from test_train import in_double  # noqa: F401
 
@@ -131,6 +133,26 @@ def test_processes_that_find_different_files_do_not_go_on(runs):
     codes = job(2, lambda: evaluate.main(argv[:: 1 - 2 * distributed.RANK]))
     assert codes == [1, 1]
     assert 'have found different files' in pathlib.Path('end0').read_text()
+
+
+@pytest.mark.parametrize('size, rank', [(None, 0), (1, 0), (4, 3)])
+def test_a_rank_counts_only_among_several_processes(monkeypatch, size, rank):
+    monkeypatch.setenv('RANK', '3')
+    monkeypatch.setenv('WORLD_SIZE', str(size)) if size else None
+    assert runpy.run_path(distributed.__file__)['RANK'] == rank
+
+
+def test_no_thread_of_a_job_outlives_it():  # at the end of the interpreter one may abort it
+    left = printed("""
+import os, pathlib, torch
+from lib import distributed
+os.environ |= {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': '0', 'RANK': '0', 'WORLD_SIZE': '1'}
+distributed.SIZE = 2  # so that there is a group, of this process alone
+with distributed.joined():
+    torch.optim.SGD([torch.ones(1)])
+print(sum('gloo' in p.read_text() for p in pathlib.Path('/proc/self/task').glob('*/comm')))
+""")
+    assert left == 0
 
 
 def test_batch_norms_that_are_synchronised_are_folded():
