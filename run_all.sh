@@ -7,14 +7,14 @@
 #   bash run_all.sh --test    ruff and the tests
 #
 # The same command resumes. Parts that are named are run alone, by these names or as fig5, c24 ...
-#   table1    Table 1                              budget    Figures 2, 3, 4, 8, 11, 12, C.2.2
-#   standard  AutoAttack on the runs of Table 1    rate      Figure 5, C.2.3
-#   controls  what periods gain over other ways    width     C.2.4
-#   theory    Figure 1                             connect   C.2.5, two seeds a pair
+#   table1    Table 1                              rate      Figure 5, C.2.3
+#   standard  AutoAttack on the runs of Table 1    width     C.2.4
+#   controls  what periods gain over other ways    connect   C.2.5, two seeds a pair
+#   budget    Figures 2, 3, 4, 8, 11, 12, C.2.2    theory    Figure 1
 # --list prints the jobs: shell lines that run from here in any order and at once. --shard I/N takes
 # every N-th job, from the I-th on. --cpu needs no GPU. Flags behind -- go to every train.py.
-# Environment: SEEDS="0 1 2", JOBS=1 at once (--small, --quick: one per core), PYTHON=python3 (if it
-# lacks packages, a .venv is made), DATA_DIR=data, the folder of mnist.npz and cifar10.npz.
+# SEEDS="0 1 2" (--small: 0 to 4, --quick: 0 1), JOBS=1 at once (--small, --quick: one per core),
+# PYTHON=python3 (if it lacks packages, a .venv is made), DATA_DIR=data of mnist.npz, cifar10.npz.
 
 # shellcheck disable=SC2086,SC2329  # no word of a line holds a space; functions are called by name
 set -euo pipefail

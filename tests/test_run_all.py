@@ -67,6 +67,7 @@ def test_the_list_asks_the_scripts_once_for_what_they_know(size, tmp_path):
             assert trained >= {word for word in command if word.startswith('ckpts/')}  # no waiting
             measurements.append(' '.join(command))
     assert len(set(measurements)) == len(measurements)
+    assert not [line for line in measurements if 'similarity' in line and '_eps0_' in line]
     scripts = {re.split(r' ckpts/| --ens', line)[0] for line in measurements}
     scripts = {script.removeprefix('landscape.py ') for script in scripts}
     assert scripts == {*'evaluate.py hessian.py theory.py similarity surface connect dead'.split()}
@@ -94,8 +95,7 @@ def test_the_list_covers_the_papers_table_and_studies():
     assert len(paper) == len(ours) == 45 and all(config in paper for config in ours)
     runs = settings('fig2', SEEDS='0')
     eps = [('resnet18', n / 255) for n in (0, 2, 4, 8)] + [('lenet', n / 10) for n in range(5)]
-    assert {(c['model'], c['eps']) for c in runs} == {*eps}
-    assert all(c['trace'] == 2000 for c in runs)
+    assert {(c['model'], c['eps']) for c in runs if c['trace'] == 2000} == {*eps}
     rates = {(c['lr'], c['eps_sched'], c['lr_warmup']) for c in settings('fig5')}
     scheds = [('constant', 0.5), *((sched, 0) for sched in SCHEDS)]
     lrs = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
