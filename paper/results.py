@@ -54,9 +54,9 @@ class Results:
 
 def collect(paths):
     """The Results of the runs in `paths`. ValueError, naming the file, where one is damaged."""
-    defaults, left_out = train.config_of([]), []
-    folders = [path for path in record.find_runs(paths) if path.is_dir()]
-    runs = [read(folder, defaults, left_out) for folder in folders]
+    defaults, folders = train.config_of([]), record.find_runs(paths)
+    left_out = [f'{path} is no folder' for path in folders if not path.is_dir()]
+    runs = [read(folder, defaults, left_out) for folder in folders if folder.is_dir()]
     sessions = [session for run in runs for session in run['sessions']]
     settings = dict.fromkeys(
         name for config in (defaults, *(r['config'] for r in runs)) for name in config
@@ -64,11 +64,12 @@ def collect(paths):
     settings = ['periodic', *(name for name in settings if name not in NO_SETTINGS)]
     for run in runs:
         run |= {name: run.get(name, UNKNOWN) for name in settings}
-    runs = distinct([run for run in runs if run['finished'] or run['diverged']], settings)
+    runs = [run for run in runs if run['finished'] or run['diverged']]
     same_data(runs, 'data')
+    runs = distinct(runs, settings)
     evaluations = [run | row for run in runs for row in run['evaluations']]
     same_data(evaluations, 'test data')
-    evaluations += diverged(runs, evaluations, settings)
+    evaluations += diverged(runs, evaluations, settings, left_out)
     titles = dict.fromkeys(name for row in evaluations for name in row['errors'])
     last = ['worst case', 'two attacks', 'AutoAttack']
     errors = [*dict.fromkeys([*PAPER, *(name for name in titles if name not in last)]), *last]
@@ -168,13 +169,12 @@ def read(folder, defaults, left_out):
         analyses = [result for _, result in load(f'{name}*.json')]
         analyses = [result for result in analyses if wanted.items() <= result.items()]
         run[name] = max(analyses, key=lambda result: result['n'], default=None)
-    ends = [row.get('predicted_classes') for row in log if 'digest' in row]
-    run['constant'] = constant([*ends, run['dead'] and run['dead']['predicted_classes']])
     last = [epoch for epoch in log[-5:] if epoch['eps'] == config['eps']]
     last = pd.DataFrame(last, columns=['robust_error', 'train_robust_error'], dtype=float).mean()
     run['overfitting'] = 100 * (last['robust_error'] - last['train_robust_error'])
     in_table_1 = row in PAPER.index and set(differs) <= {'precision'}
     run['evaluations'] = evaluate(load('evaluate*.json'), run, in_table_1, left_out)
+    find_constant(run)
     pgd = [
         {'n': row['test images'], 'error': row['errors']['PGD'] / 100}
         for row in run['evaluations']
@@ -186,11 +186,21 @@ def read(folder, defaults, left_out):
     return run
 
 
-def constant(counts):
-    """Whether one of the models that predict so many classes is a constant classifier."""
-    if 1 in counts:
-        return 'yes'
-    return 'no' if any(counts) else 'unknown'
+def find_constant(run):
+    """Sets whether a run, and what each evaluation is of, is a constant classifier, or one of its
+    models is: yes, no, or unknown, where nobody counted the classes that they predict."""
+    counts = [row.get('predicted_classes') for row in run['log'] if 'digest' in row]
+    counts += [run['dead']['predicted_classes']] if run['dead'] else []
+    for row in run['evaluations']:
+        if row['weights'] == 'last':
+            counts += row['classes']
+
+    def state(counts):
+        return 'yes' if 1 in counts else 'no' if any(counts) else 'unknown'
+
+    run['constant'] = state(counts)
+    for row in run['evaluations']:
+        row['constant'] = state(counts if row['weights'] == 'last' else row['classes'])
 
 
 def differences(config, periodic):
@@ -199,7 +209,8 @@ def differences(config, periodic):
     flags = ['--dataset', config['dataset'], '--model', config['model']]
     flags += ['--eps-sched', config['eps_sched'], *['--periodic'] * (periodic == 'yes')]
     paper = train.config_of(flags)
-    given = ['--eps', repr(config['eps']), '--epochs', str(config['epochs'])]
+    epochs = max(config['epochs'], 4)  # fewer are no three periods
+    given = ['--eps', repr(config['eps']), '--epochs', str(epochs)]
     expected = train.config_of([*flags, *given])
     expected |= {name: paper[name] for name in ('eps', 'epochs')}
     names = [name for name in config if name not in NO_SETTINGS | {'data'}]
@@ -210,6 +221,7 @@ def evaluate(files, run, in_table_1, left_out):
     """Rows of the evaluations of a run: CONDITIONS, errors in percent, with AutoAttack's as one of
     them, and whether all is as in the paper's Table 1 (full)."""
     rows = {}
+    same_data([result for _, result in files], 'data')
     for path, result in files:
         weights, member = result.get('weights', 'last'), result.get('member')
         digests = run['digests'][weights]
@@ -221,24 +233,30 @@ def evaluate(files, run, in_table_1, left_out):
             continue
         key = weights, member or 'all', result['n'], result['seed']
         key += result.get('precision', 'fp32'), UNKNOWN, str(result.get('data', UNKNOWN))
-        row = rows.setdefault(key, dict(zip(CONDITIONS, key)) | {'errors': {}, 'full': False})
-        classes = [result.get('predicted_classes'), *result.get('members_predicted_classes', [])]
-        if weights == 'last' and not any(classes):
-            row['constant'] = run['constant']
-        else:
-            row['constant'] = constant(classes)
-        run['sessions'] += result['provenance']
+        row = dict(zip(CONDITIONS, key))
+        row |= {'attacks': {}, 'errors': {}, 'classes': [], 'full': False}
+        row = rows.setdefault(key, row)
         columns = result['columns']
+        attacks = {}
+        if not result.get('standard'):
+            attacks = {key: columns[key]['settings'] for key in columns.keys() - {'clean', 'worst'}}
+        if any(row['attacks'].get(key, attacks[key]) != attacks[key] for key in attacks):
+            left_out.append(f'{path} has other settings of an attack than a file before it')
+            continue
+        row['classes'] += [result.get('predicted_classes')]
+        row['classes'] += result.get('members_predicted_classes', [])
+        run['sessions'] += result['provenance']
         if result.get('standard'):
             row['errors'] |= standard_errors(columns)
             continue
         row['errors'] |= errors_of(columns)
-        attacks = {key: columns[key]['settings'] for key in columns.keys() - {'clean', 'worst'}}
-        row['attacks'] = str(sorted(attacks.items()))
+        row['attacks'] |= attacks
         if ATTACKS.keys() <= attacks.keys():
             same = [ATTACKS[key].items() <= attacks[key].items() for key in ATTACKS]
             whole = result['n'] == result['n_test'] and (weights, member) == ('last', None)
             row['full'] = in_table_1 and whole and all(same)
+    for row in rows.values():
+        row['attacks'] = str(sorted(row['attacks'].items()))
     return list(rows.values())
 
 
@@ -287,13 +305,15 @@ def same_data(rows, name):
             (row[name],) = digests
 
 
-def diverged(runs, evaluations, settings):
+def diverged(runs, evaluations, settings, left_out):
     """Evaluations of the runs that diverged: always wrong, wherever another seed was evaluated."""
     rows = []
-    for run in runs:
+    for run in [run for run in runs if run['diverged']]:
         others = [row for row in evaluations if all(row[k] == run[k] for k in settings)]
         conditions = {tuple(row[name] for name in CONDITIONS): row for row in others}
-        for row in conditions.values() if run['diverged'] else ():
+        if not others:
+            left_out.append(f'{run["path"]} diverged, and no other seed was evaluated')
+        for row in conditions.values():
             rows.append(row | run | {'errors': dict.fromkeys(row['errors'], 100.0)})
     return rows
 

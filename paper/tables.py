@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+import data
 from paper.claims import judge
 from paper.results import CONDITIONS, PAPER, ROW, UNKNOWN, alike
 
@@ -101,7 +102,9 @@ def independent(results, first):
     rows = []
     for ensemble in results.ensembles.to_dict('records'):
         members = [run_of.get(member) for member in ensemble['members'].split(' + ')]
-        same = all(ensemble[name] == first[name] for name in ('test images', 'attack seed'))
+        alike_too = 'test images', 'attack seed', 'attack precision'
+        same = all(ensemble[name] == first[name] for name in alike_too)
+        same = same and ensemble['eps'] == data.show_eps(first['eps'], first['dataset'])
         if same and all(members):
             members.sort(key=lambda run: -run['epochs'])
             if ' '.join(str(run['epochs']) for run in members) == first['periods']:
@@ -169,6 +172,8 @@ def markdown(heading, table):
     """A frame as a table of Markdown, nothing if it has no rows."""
     if not len(table):
         return ''
-    rows = [table.columns, ['---'] * len(table.columns), *table.fillna(UNKNOWN).values]
-    lines = [f'| {" | ".join(map(str, row))} |\n' for row in rows]
+    cells = table.map(lambda cell: f'{cell:.2f}' if isinstance(cell, float) else str(cell))
+    cells = cells.where(table.notna(), UNKNOWN)
+    rows = [table.columns, ['---'] * len(table.columns), *cells.values]
+    lines = [f'| {" | ".join(row)} |\n' for row in rows]
     return f'## {heading}\n\n{"".join(lines)}\n'

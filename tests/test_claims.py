@@ -7,33 +7,45 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_report import FEW, analyse, connect, make_run, read_tables
+from matplotlib.figure import Figure
+from test_report import (
+    AUTOATTACK,
+    FEW,
+    analyse,
+    connect,
+    control_runs,
+    diverge,
+    evaluate,
+    make_run,
+    reported,
+)
 
 import report
 from lib import record
-from paper import claims, figures
+from paper import claims, figures, results
 
 SMALL = '--n-train 100 --trace 20'
+LINEAR, COSINE = (f'A {sched} eps beats a constant one' for sched in ('linear', 'cosine'))
+PERIODS, RESNET18 = 'An ensemble of periods beats one model', 'ResNet18 beats VGG'
+RATES = 'A warm-up of eps makes more learning rates usable'
+WARM_UP = 'A warm-up of lr does not replace that of eps'
+DEAD = 'A layer dies in the narrowest models, not in the widest'
 
 
-def judged(*arguments):
-    """The rows of claims.md: key of CLAIMS -> [{column: cell} of each experiment]."""
-    with mock.patch.object(figures, 'draw', return_value={}):
-        report.main([*map(str, arguments), '--out', 'out'])
-    (rows,) = read_tables(pathlib.Path('out/claims.md'))
-    keys, found = iter(claims.CLAIMS), {}
-    for row in rows:
-        if row['claim']:  # said once for all of its experiments
-            found[next(keys)] = own = []
-        own.append(row)
-    return found
+def judged(*folders):
+    """The rows of all claims in a report: claim -> [{column: cell} of each group of runs]."""
+    rows = {}
+    for heading, table in reported(pathlib.Path('out'), *folders).items():
+        for row in table if heading.startswith('Claims') else ():
+            rows.setdefault(row['claim'].split(':')[0], []).append(row)
+    return rows
 
 
 @pytest.mark.parametrize('n', [2, 6])
 def test_the_interval_holds_the_truth_19_times_of_20(n):
     draws = torch.randn(2000, n, generator=torch.Generator().manual_seed(0)).numpy()
-    said = [claims.finding('', True, '', values)[3] for values in draws]
-    assert said.count('inconclusive') / 2000 == pytest.approx(0.95, abs=0.02)
+    verdicts = [claims.judge(values, full=True)[0] for values in draws]
+    assert verdicts.count('inconclusive') / 2000 == pytest.approx(0.95, abs=0.02)
 
 
 HOLDS = {'holds': [[5, 5.1], [2, 2.5, 3]], 'does not hold': [[-5, -5.1]]}
@@ -46,56 +58,149 @@ COUNTS = {'holds': [[1, 2, 1]], 'does not hold': [[0, 0, -1]], 'inconclusive': [
 def test_the_verdict_follows_the_rule(count, verdicts):
     for verdict, examples in verdicts.items():
         for values in examples:
-            assert claims.finding('', True, '', values, count=count)[3] == verdict
+            assert claims.judge(values, True, count=count)[0] == verdict
+            assert claims.judge(values, False, count=count)[0] == f'{verdict} at a small size'
 
 
-def table_runs(folder, constant=10):
+def test_holm_rejects_what_every_set_of_hypotheses_around_it_rejects():
+    example = np.array([0.01, 0.04, np.nan, 0.03, 0.005])  # 0.005 < 0.05 / 4, 0.01 < 0.05 / 3
+    assert list(claims.holm(example)) == [True, False, False, False, True]
+    for p in np.random.default_rng(0).uniform(0, 0.06, (100, 5)):
+        sets = [s for n in range(1, 6) for s in itertools.combinations(range(5), n)]
+        rejected = [s for s in sets if p[list(s)].min() <= 0.05 / len(s)]  # by Bonferroni
+        closed = [all(s in rejected for s in sets if i in s) for i in range(5)]
+        assert list(claims.holm(p)) == closed
+
+
+@pytest.mark.parametrize('clean, stands', [((2, 3, 4), ', uncorrected'), ((19, 20, 21), '')])
+def test_verdicts_are_corrected_for_the_number_of_intervals(tmp_path, clean, stands):
+    """p is 0.0351 of (2, 3, 4), more than 0.05 / 2, and 0.0008 of (19, 20, 21)."""
+    for seed, gain in enumerate((2, 3, 4)):
+        make_run(tmp_path / f'c_s{seed}', f'--seed {seed}', [30 + clean[seed], *[50 + gain] * 6])
+        make_run(tmp_path / f'l_s{seed}', f'--seed {seed} --eps-sched linear', [30, *[50] * 6])
+    (row,) = reported(tmp_path / 'out', tmp_path)['Claims of Table 1 (2 intervals)']
+    assert row['robust'] == row['clean'] == f'holds{stands}'
+
+
+def test_the_papers_gains_are_those_of_its_table():
+    lines = (pathlib.Path(claims.__file__).parent / 'table1.txt').read_text().splitlines()[1:]
+    cells = {}
+    for line in lines:
+        row, errors = line.split()[:4], [float(cell.split('(')[0]) for cell in line.split()[4:]]
+        cells[tuple(row)] = errors[0], sum(errors[1:]) / 5
+    for i, baseline, changed in (
+        (3, 'constant', 'linear'),
+        (3, 'constant', 'cosine'),
+        (2, 'no', 'yes'),
+        (1, 'vgg', 'resnet18'),
+    ):
+        pairs = [(row, (*row[:i], changed, *row[i + 1 :])) for row in cells if row[i] == baseline]
+        gains = [np.subtract(cells[a], cells[b]) for a, b in pairs if b in cells]
+        expected = [f'{min(g):.2f} to {max(g):.2f}' for g in zip(*gains)]
+        _, robust, clean = claims.TABLE_1[changed]
+        assert robust.split(',')[0] == expected[1] and clean in (expected[0], '—')
+
+
+def table_runs(folder, **baseline):
     """Three seeds: a constant eps is 2 points worse than a linear one when clean, 5 attacked."""
     for seed in range(3):
         run, robust = f'--seed {seed}', 10 + 0.2 * seed
-        make_run(folder / f'c{seed}', run, errors=[3, *[robust + 5] * 6], classes=constant)
+        make_run(folder / f'c_s{seed}', run, [3, *[robust + 5] * 6], **baseline)
         errors = [1.1 - 0.1 * seed, *[robust] * 6]
-        make_run(folder / f'l{seed}', f'{run} --eps-sched linear', errors=errors)
+        make_run(folder / f'l_s{seed}', f'{run} --eps-sched linear', errors)
     return folder
 
 
 def test_schedules_are_compared_seed_by_seed(tmp_path):
-    rows = judged(table_runs(tmp_path / 'runs'))
-    assert rows['linear clean'] == [
-        {
-            'claim': 'A linear eps beats a constant one: points of clean error',
-            'in the paper': 'Table 1: 0.07 to 6.45',
-            'verdict': 'holds',
-            'ours': '2 (1.75 to 2.25)',  # 4.3027 * 0.1 / sqrt(3) = 0.248
-            'n': '3 seeds',
-            'experiment': 'mnist lenet',
-            'size': "the paper's",
-        }
-    ]
-    assert rows['linear robust'][0]['ours'] == '5' and rows['cosine clean'][0]['verdict'] == '—'
+    assert judged(table_runs(tmp_path / 'runs')) == {
+        LINEAR: [
+            {
+                'claim': LINEAR,
+                'runs': 'l',
+                'evaluated': '10000 images',
+                'seeds': '3',
+                'robust': 'inconclusive',  # equal values
+                'points': '5',
+                'by': 'worst case',
+                'mean of five': '5',
+                'of the paper': '0.37 to 1.86',
+                'clean': 'holds',
+                'clean points': '2 [1.75, 2.25]',  # 4.3027 * 0.1 / sqrt(3) = 0.248
+                'of the paper, clean': '0.07 to 6.45',
+            }
+        ]
+    }
 
 
-def test_a_gap_to_a_constant_classifier_proves_nothing(tmp_path):
-    (row,) = judged(table_runs(tmp_path / 'runs', constant=1))['linear clean']
-    assert (row['verdict'], row['size']) == ('baseline untrained', "the paper's")
+def test_the_headline_is_autoattacks_if_all_have_it_and_else_the_worst_case(tmp_path):
+    for seed, gain in enumerate((1, 2, 3)):
+        flags = f'--seed {seed} --n-train 9'
+        runs = [make_run(tmp_path / f'c_s{seed}', flags, [4, *[20] * 5, 22 + gain])]
+        errors = [2, *[20 - 5 * (i == seed) for i in range(5)], 22]
+        runs += [make_run(tmp_path / f'l_s{seed}', f'{flags} --eps-sched linear', errors)]
+        for run, more in zip(runs, (3 * gain, 0)):
+            evaluate(run, [4, *[50 + more] * 5], AUTOATTACK, 'evaluate_standard')
+    (row,) = judged(tmp_path)[LINEAR]
+    # 4.303 / sqrt(3) = 2.484, and thrice that
+    assert (row['by'], row['points'], row['mean of five']) == ('AutoAttack', '6 [-1.45, 13.5]', '1')
+    (tmp_path / 'l_s1/evaluate_standard.json').unlink()
+    (row,) = judged(tmp_path)[LINEAR]
+    assert (row['by'], row['points']) == ('worst case', '2 [-0.484, 4.48]')
 
 
-@pytest.mark.parametrize('change', [{'lr': 0.5}, {'n': 500}, {'settings': FEW}])
+STATES = [('no', {}, {}), ('yes', {'classes': 1}, {}), ('unknown', {'classes': None}, {})]
+STATES += [('no', {'classes': None}, {'predicted_classes': 10})]
+STATES += [('yes', {'classes': None}, {'predicted_classes': 1})]
+STATES += [('yes', {'classes': 10}, {'members_predicted_classes': [10, 1]})]
+
+
+@pytest.mark.parametrize('constant, change, counted', STATES)
+def test_a_gap_to_a_constant_classifier_proves_nothing(tmp_path, constant, change, counted):
+    table_runs(tmp_path / 'runs', **change)
+    for seed in range(3):  # counted in another evaluation of the same models
+        evaluate(tmp_path / f'runs/c_s{seed}', [3], file='evaluate_n9', n=9, **counted)
+    (row,) = judged(tmp_path / 'runs')[LINEAR]
+    verdicts = {'no': 'holds', 'yes': 'baseline untrained: 3 of 3', 'unknown': 'unknown'}
+    assert row['clean'] == verdicts[constant] and row['clean points'] == '2 [1.75, 2.25]'
+
+
+def test_a_baseline_that_diverged_is_untrained(tmp_path):
+    diverge(table_runs(tmp_path / 'runs') / 'c_s1')
+    (row,) = judged(tmp_path / 'runs')[LINEAR]
+    assert (row['seeds'], row['robust']) == ('3', 'baseline untrained: 1 of 3')
+    assert row['points'].startswith('33.3 [')  # 5, 100 - 10.2 and 5
+
+
+@pytest.mark.parametrize('change', [{'lr': 0.5}, {'n': 500}, {'settings': FEW}, {'data': 'x'}])
 def test_runs_that_differ_in_more_are_not_compared(tmp_path, change):
     for seed in range(2):
-        make_run(tmp_path / f'{seed}', f'--seed {seed}')
+        make_run(
+            tmp_path / f'{seed}', f'--seed {seed}', **({'data': 'y'} if 'data' in change else {})
+        )
         make_run(tmp_path / f'{seed}l', f'--seed {seed} --eps-sched linear', **change)
-    assert judged(tmp_path)['linear clean'][0]['ours'] == '—'
+    assert judged(tmp_path) == {}
+
+
+def test_each_way_to_evaluate_is_compared_with_its_like(tmp_path):
+    table_runs(tmp_path / 'runs', n_val=9)
+    for run in tmp_path.glob('runs/*'):
+        config = record.load_config(run)
+        record.save(run / 'config.json', config | {'n_val': 9})
+        gain = (config['seed'] + 1) * (config['eps_sched'] == 'constant')
+        evaluate(run, [20 + gain, *[30] * 6], file='evaluate_best', weights='best')
+    rows = judged(tmp_path / 'runs')[LINEAR]
+    clean = {row['evaluated']: row['clean points'] for row in rows}
+    best = '2 [-0.484, 4.48]'
+    assert clean == {'10000 images': '2 [1.75, 2.25]', '10000 images, weights best': best}
 
 
 def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
     for seed, robust in enumerate((7, 7.1)):
-        make_run(tmp_path / f'{seed}', f'--seed {seed} {SMALL}', errors=[1, *[10] * 6])
-        flags = f'--periodic --seed {seed} {SMALL}'
-        make_run(tmp_path / f'{seed}p', flags, errors=[1, *[robust] * 6])
-    (row,) = judged(tmp_path)['yes robust']
-    assert row['experiment'] == 'mnist lenet of width 16, eps 0.4, constant eps'
-    assert row['ours'].startswith('2.95 (') and row['size'] == 'smaller'
+        make_run(tmp_path / f'{seed}', f'--seed {seed} {SMALL}', [1, *[10] * 6])
+        make_run(tmp_path / f'{seed}half', f'--seed {seed} {SMALL} --epochs 50')
+        make_run(tmp_path / f'{seed}p', f'--periodic --seed {seed} {SMALL}', [1, *[robust] * 6])
+    (row,) = judged(tmp_path)[PERIODS]
+    assert row['points'].startswith('2.95 [') and row['robust'] == 'holds at a small size'
 
 
 def test_networks_are_compared_under_one_schedule(tmp_path):
@@ -103,41 +208,36 @@ def test_networks_are_compared_under_one_schedule(tmp_path):
         for sched in 'constant', 'linear':
             flags = f'--dataset cifar10 --model {model} --eps-sched {sched} --periodic'
             errors = [25, *[robust + seed * (model == 'vgg')] * 6]
-            make_run(tmp_path / f'{model}{seed}{sched}', f'{flags} --seed {seed}', errors=errors)
-    rows = judged(tmp_path)['resnet18 robust']
-    for row, sched in zip(rows, ('constant', 'linear'), strict=True):
-        assert row['experiment'] == f'cifar10 resnet18, {sched} eps, periodic'
-        assert row['ours'].startswith('4.5 (') and row['n'] == '2 seeds'
-        assert (row['verdict'], row['size']) == ('inconclusive', "the paper's")
+            make_run(tmp_path / f'{model}_{sched}_s{seed}', f'{flags} --seed {seed}', errors)
+    rows = judged(tmp_path)[RESNET18]
+    assert {row['runs'] for row in rows} == {'resnet18_constant', 'resnet18_linear'}
+    for row in rows:
+        assert row['points'].startswith('4.5 [') and row['seeds'] == '2'
+        assert row['robust'] == 'inconclusive'
 
 
-def test_an_ensemble_is_not_compared_with_a_model_of_fewer_epochs(tmp_path):
-    for seed, name, flags in itertools.product((0, 1), 'ab', ('--periodic', '--epochs 50')):
-        make_run(tmp_path / f'{seed}{name}{flags}', f'--seed {seed} {SMALL} {flags}')
-    assert judged(tmp_path)['yes robust'][0]['ours'] == '—'
-
-
-def test_ramps_of_one_name_are_told_apart(tmp_path):
+def test_ramps_are_told_apart(tmp_path):
     table_runs(tmp_path / 'runs')
     for seed, eps_max in itertools.product(range(3), (0.5, 0.6)):
         flags = f'--seed {seed} --eps-sched linear --eps-max {eps_max}'
-        make_run(tmp_path / f'runs/{eps_max}{seed}', flags)
-    paper, *others = judged(tmp_path / 'runs')['linear clean']
-    assert (paper['experiment'], paper['n']) == ('mnist lenet', '3 seeds')
-    for row, eps_max in zip(others, (0.5, 0.6), strict=True):
-        assert row['experiment'] == f'mnist lenet of width 16, eps 0.4, eps_max {eps_max}'
+        make_run(tmp_path / f'runs/{eps_max}_s{seed}', flags)
+    rows = judged(tmp_path / 'runs')[LINEAR]
+    verdicts = [(row['runs'], row['seeds'], 'small' in row['robust']) for row in rows]
+    assert sorted(verdicts) == [('0.5', '3', True), ('0.6', '3', True), ('l', '3', False)]
+
+
+FLAGS = {'warm': '--lr-warmup 0.5', 'constant': '', 'linear': '--eps-sched linear'}
 
 
 def rate_runs(folder, pgd, classes=10):
     """Runs of (kind, seed) -> their PGD errors at three learning rates, None for a diverged run."""
-    flags = {'warm': '--lr-warmup 0.5', 'constant': '', 'linear': '--eps-sched linear'}
     for (kind, seed), errors in pgd.items():
         for lr, error in zip((1e-4, 1e-3, 1e-2), errors):
-            run, own = folder / f'{kind}{seed}_{lr}', f'{flags[kind]} --lr {lr} --seed {seed}'
-            make_run(run, own, errors=[1, error or 90], classes=classes if error == 90 else 10)
+            run = folder / f'rate_{kind}_lr{lr}_s{seed}'
+            flags = f'{FLAGS[kind]} --lr {lr} --seed {seed}'
+            make_run(run, flags, [1, error or 90], classes=classes if error == 90 else 10)
             if error is None:
-                record.save(run / 'log.jsonl', [])
-                record.save(run / 'diverged.json', {'epoch': 2})
+                diverge(run)
     return folder
 
 
@@ -147,92 +247,127 @@ PGD |= {('warm', 0): [90, 30, 90], ('warm', 1): [90, 90, 90]}
 
 
 def test_usable_learning_rates_are_counted_for_each_seed(tmp_path):
-    rows = judged('--rate', rate_runs(tmp_path / 'runs', PGD))
-    (rates,), (warm_up,) = rows['rates'], rows['warm-up']
-    assert rates['experiment'] == 'mnist lenet (linear eps 0.4, rates: 3)'
+    rows = judged(rate_runs(tmp_path / 'runs', PGD))
+    (rates,), (warm_up,) = rows[RATES], rows[WARM_UP]
     assert (rates['verdict'], rates['ours']) == ('holds', '2, 2, 2')  # a diverged run errs
     # seed 0: (50 + 20 + 70) / 3, seed 1: (50 + 80 + 70) / 3
-    assert warm_up['ours'].startswith('56.7 (') and warm_up['n'] == '2 seeds'
+    assert warm_up['ours'].startswith('56.7 [') and warm_up['n'] == '2'
+    make_run(tmp_path / 'runs/steep', '--eps-sched linear --eps-max 0.9 --lr 1e-3', [1, 90])
+    assert judged(tmp_path / 'runs')[RATES] == [rates]  # another ramp
 
 
-def test_a_baseline_that_never_trains_has_no_usable_rates_to_compare(tmp_path):
-    rate_runs(tmp_path, {('constant', 0): [90, 90], ('linear', 0): [40, 40]}, classes=1)
-    assert judged('--rate', tmp_path)['rates'][0]['verdict'] == 'baseline untrained'
+@pytest.mark.parametrize('classes, verdict', [(1, 'baseline untrained: 1 of 1'), (None, 'unknown')])
+def test_a_baseline_that_never_trains_has_no_usable_rates_to_compare(tmp_path, classes, verdict):
+    rate_runs(tmp_path, {('constant', 0): [90, 90], ('linear', 0): [40, 40]}, classes)
+    assert judged(tmp_path)[RATES][0]['verdict'] == verdict
 
 
-def budget_runs(folder, flags=SMALL, n=50):
+def budget_runs(folder, flags=SMALL, n=50, classes=10):
     """Two seeds: what grows with eps grows by one decade, what falls by two, give or take 5 %."""
     for eps, seed in itertools.product((0, 0.1, 0.2), (0, 1)):
         share = (1 + 0.05 * seed) * eps / 0.2
-        run = make_run(folder / f'{eps}{seed}', f'--eps {eps} --seed {seed} {flags}')
+        run = folder / f'mnist_eps{eps}_s{seed}'
+        make_run(run, f'--eps {eps} --seed {seed} {flags}', classes=classes)
         gradients, cosine = (100**-share, 10**share), (0.4 - 0.1 * seed, 0.8)
         first = {'fallen': 0.1 + 0.3 * share, 'distance': 100**-share}
-        for row in (log := record.load(f'{run}/log.jsonl')):
-            row['loss'] = 2.0
-        log[-1]['loss'] = 0.02 * 10**share
-        record.save(f'{run}/log.jsonl', log)
+        log = record.load(run / 'log.jsonl')
+        log[0]['loss'], log[-1]['loss'] = 2.0, 0.02 * 10**share
+        record.save(run / 'log.jsonl', log)
         analyse(run, gradients, 10**share, n, cosine, risen=(0.8 + 0.1 * seed, 0.6), **first)
     return folder
+
+
+AT_FIRST = {  # claim: (2 + 2.1) / 2; 15 (1 + 1.05) / 2; (1 + 1.05) / 2
+    'Larger eps, smaller gradients at first': '2.05',
+    'Larger eps, slower first updates': '15.4',
+    'Larger eps, nearer to the initial point at first': '2.05',
+    'Larger eps, more training loss left in the end': '1.02',
+}
+MINIMA = {  # (1 + 1.05) / 2; 0.8 - (0.4 + 0.3) / 2; (30 + 40) / 2 - 10; 0.7 - 0.5
+    'Larger eps, larger gradients in the end': '1.02',
+    'Larger eps, sharper minima': '1.02',
+    'Perturbations differ most along the top eigenvector': '0.45',
+    'Robust error rises most along the top eigenvector': '25',
+    'Larger eps, minima less connected': '0.2',
+}
+FIRST, SLOWER, *_ = AT_FIRST
+LAST, SHARPER, SIMILAR, _, CONNECTED = MINIMA
 
 
 def test_what_changes_with_eps_is_measured_in_decades(tmp_path):
     runs = budget_runs(tmp_path / 'runs')
     for eps in 0, 0.2:
-        connect(runs / f'{eps}0', runs / f'{eps}1', 0.5 + eps)
-    rows = judged('--budget', runs)
-    # (2 + 2.1) / 2, (1 + 1.05) / 2, 0.8 - (0.4 + 0.3) / 2; 15 (1 + 1.05) / 2, (30 + 40) / 2 - 10
-    expected = {'first': '2.05', 'last': '1.02', 'sharper': '1.02', 'similar': '0.45'}
-    expected |= {'slower': '15.4', 'nearer': '2.05', 'loss': '1.02', 'steeper': '25'}
-    for claim, value in expected.items():
-        (row,) = rows[claim]
-        assert row['ours'].startswith(f'{value} (') and row['n'] == '2 seeds'
-    (first,), (pair,) = rows['first'], rows['connected']
-    assert first['verdict'] == 'holds' and first['size'] == 'smaller'
-    assert first['experiment'] == pair['experiment'] == 'mnist lenet of width 16 to eps 0.2'
-    assert (pair['ours'], pair['n'], pair['in the paper']) == ('0.2', '1 pair', 'C.2.5')
+        connect(runs / f'mnist_eps{eps}_s0', runs / f'mnist_eps{eps}_s1', 0.5 + eps)
+    rows = judged(runs)
+    assert {
+        claim: row['ours'].split(' [')[0] for claim, (row,) in rows.items()
+    } == AT_FIRST | MINIMA
+    assert [row['n'] for (row,) in rows.values()] == ['2'] * 8 + ['1']
+    assert {row['runs'] for (row,) in rows.values()} == {'mnist'}
+    assert rows[FIRST][0]['verdict'] == 'holds at a small size, uncorrected'
+
+
+def test_minima_of_models_that_may_be_constant_classifiers_are_unknown(tmp_path):
+    runs = budget_runs(tmp_path / 'runs', classes=None)
+    for run in runs.iterdir():
+        (run / 'dead.json').unlink()  # it counts classes
+    rows = judged(runs)
+    assert rows[SHARPER][0]['verdict'] == rows[SIMILAR][0]['verdict'] == 'unknown'
+    assert rows[FIRST][0]['verdict'].startswith('holds')
 
 
 def test_constant_classifiers_and_saddles_are_no_minima(tmp_path):
     runs = budget_runs(tmp_path / 'runs')
     analyse(make_run(runs / '0.30', f'--eps 0.3 {SMALL}', classes=1), top=1000)
     analyse(make_run(runs / '0.31', f'--eps 0.3 --seed 1 {SMALL}'), top=-1000)
-    rows = judged('--budget', runs)
-    assert rows['sharper'][0]['experiment'].endswith('to eps 0.2')
-    assert rows['first'][0]['experiment'].endswith('to eps 0.3')
+    rows = judged(runs)
+    assert rows[SHARPER][0]['ours'].startswith('1.02 [')  # up to eps 0.2
+    assert rows[FIRST][0]['ours'] == '0'  # up to eps 0.3
 
 
-def test_analyses_of_fewer_images_are_not_mixed_in(tmp_path):
-    analyse(budget_runs(tmp_path / 'runs') / '0.20', top=1e9, n=40)
-    (row,) = judged('--budget', tmp_path / 'runs')['sharper']
-    assert row['experiment'].endswith('to eps 0.1')
+def test_what_was_measured_otherwise_is_not_mixed_in(tmp_path):
+    runs = budget_runs(tmp_path / 'runs')
+    run, other = runs / 'mnist_eps0.2_s0', runs / 'mnist_eps0.1_s1'
+    record.save(other / 'config.json', record.load_config(other) | {'trace': 10})
+    points = record.load(run / 'similarity.json')
+    far = [point | {'a': 3.0, 'cosine': 0.0} for point in points['points'][1::2]]
+    record.save(run / 'similarity.json', points | {'points': [*points['points'], *far]})
+    record.save(run / 'hessian.json', record.load(run / 'hessian.json') | {'n': 40})
+    rows = judged(runs)
+    assert rows[SLOWER][0]['ours'] == '0'  # of the first 10 updates, which are alike
+    assert rows[SIMILAR][0]['ours'].startswith('0.45 [')  # at a = 0.1 only
+    assert (rows[SHARPER][0]['n'], rows[SHARPER][0]['ours']) == ('1', '1.05')  # seed 1
+    record.save(run / 'similarity.json', points | {'points': [*points['points'][::2], *far]})
+    assert SIMILAR not in judged(runs)  # no point but a = 0 is that of all
+    make_run(runs / 'other', f'--eps 0.2 --n-iter 3 {SMALL}')
+    assert FIRST not in judged(runs)  # which of the two belongs to the others?
 
 
 @pytest.mark.parametrize('n', [60000, 50])
 def test_a_hessian_of_few_images_is_not_of_the_papers_size(tmp_path, n):
-    rows = judged('--budget', budget_runs(tmp_path / 'runs', '--trace 20', n))
-    (first,), (sharper,) = rows['first'], rows['sharper']
-    assert sharper['size'] == ("the paper's" if n > 50 else 'smaller')
-    assert sharper['verdict'] == first['verdict'] == 'holds' and first['size'] == "the paper's"
-    assert sharper['experiment'] == first['experiment'] == 'mnist lenet to eps 0.2'
+    rows = judged(budget_runs(tmp_path / 'runs', '--trace 20', n))
+    small = ' at a small size' if n == 50 else ''
+    assert rows[FIRST][0]['verdict'] == 'holds, uncorrected'
+    assert rows[SHARPER][0]['verdict'] == f'holds{small}, uncorrected'
 
 
 def test_pairs_with_a_run_in_common_are_not_two(tmp_path):
-    for eps, seed in itertools.product((0, 0.1), range(4)):
+    for eps, seed in itertools.product((0, 0.1, 0.2), range(4)):
         analyse(make_run(tmp_path / f'{eps}{seed}', f'--eps {eps} --seed {seed} {SMALL}'))
-    for eps, (first, barrier) in itertools.product((0, 0.1), enumerate((1, 9, 2))):
+    for eps, (first, barrier) in itertools.product((0, 0.2), enumerate((1, 9, 2))):
         ends = tmp_path / f'{eps}{first}', tmp_path / f'{eps}{first + 1}'
-        connect(*ends, barrier * (1 + 10 * eps))
-    (row,) = judged('--budget', tmp_path)['connected']  # 0-1: 1, 2-3: 2
-    assert row['n'] == '2 pairs' and row['ours'].startswith('1.5 (')
+        connect(*ends, barrier * (1 + 5 * eps))
+    (row,) = judged(tmp_path)[CONNECTED]  # 0-1: 1, 2-3: 2
+    assert row['n'] == '2' and row['ours'].startswith('1.5 [')
 
 
-def test_a_dead_layer_of_narrow_models_is_counted_at_the_largest_eps(tmp_path):
+def test_a_dead_layer_of_narrow_models_is_counted_at_each_eps(tmp_path):
     for width, eps, seed in itertools.product((1, 4), (0, 0.3), range(3)):
         flags = f'--width {width} --eps {eps} --seed {seed} {SMALL}'
         run = make_run(tmp_path / f'{width}{eps}{seed}', flags)
         analyse(run, dead=(width, eps) == (1, 0.3))
-    (row,) = judged('--width', tmp_path)['dead']
-    assert (row['verdict'], row['ours'], row['size']) == ('holds', '1, 1, 1', 'smaller')
+    (row,) = judged(tmp_path)[DEAD]
+    assert (row['verdict'], row['ours']) == ('holds at a small size', '1, 1, 1')
 
 
 THEORY = {'case': 'x', 'draws': 9, 'proposition_1': 1.0}
@@ -240,64 +375,107 @@ THEORY |= {'theorem_1': {'largest_violation': 0.0, 'smallest_improvement': 1e-9}
 THEORY |= {'theorem_2': [{'points': [{'share': 0.1, 'bound': bound} for bound in (0.2, 0.5)]}]}
 CURVES = dict.fromkeys(('0', '0.6', '1.2'), [1, 0, 1])
 THEORY |= {'figure_1': {'theta': [-1, 0, 1], 'curves': CURVES}}
+WORSE = [
+    ('proposition_1', 0.999),
+    ('theorem_1', {'largest_violation': 1e-12, 'smallest_improvement': 1e-9}),
+    ('theorem_1', {'largest_violation': 0.0, 'smallest_improvement': 0.0}),
+    ('theorem_2', [{'points': [{'share': 0.1, 'bound': 0.2}, {'share': 0.6, 'bound': 0.5}]}]),
+]
 
 
-@pytest.mark.parametrize(
-    'key, worse',
-    [
-        ('proposition_1', 0.999),
-        ('theorem_1', {'largest_violation': 1e-12, 'smallest_improvement': 1e-9}),
-        ('theorem_1', {'largest_violation': 0.0, 'smallest_improvement': 0.0}),
-        ('theorem_2', [{'points': [{'share': 0.1, 'bound': 0.2}, {'share': 0.6, 'bound': 0.5}]}]),
-    ],
-)
+@pytest.mark.parametrize('key, worse', WORSE)
 def test_what_is_proved_holds_unless_a_case_contradicts(key, worse):
-    verdicts = [found[3] for found in claims.of_theory(THEORY)]
-    assert verdicts == ['holds'] * 3 and not list(claims.of_theory({}))
-    found = {found[0]: found[3] for found in claims.of_theory(THEORY | {key: worse})}
-    assert found.pop(key.replace('_', ' ')) == 'does not hold'
-    assert list(found.values()) == ['holds'] * 2
+    record.save('evals/theory.json', THEORY)
+    verdicts = [row['verdict'] for rows in judged().values() for row in rows]
+    assert verdicts == ['holds'] * 3  # and theory alone makes a report
+    record.save('evals/theory.json', THEORY | {key: worse})
+    rows = {row['in the paper']: row['verdict'] for rows in judged().values() for row in rows}
+    assert rows.pop(key.replace('_', ' ').capitalize()) == 'does not hold'
+    assert list(rows.values()) == ['holds'] * 2
+
+
+def runs_of_all_figures(folder):
+    runs = budget_runs(folder)
+    connect(runs / 'mnist_eps0.1_s0', runs / 'mnist_eps0.1_s1', 1)
+    analyse(make_run(runs / 'mnist_eps0.2_s2', f'--eps 0.2 --seed 2 {SMALL}'))
+    analyse(make_run(runs / 'mnist_eps0.2_w4_s0', f'--eps 0.2 --width 4 {SMALL}'))
+    for seed in range(3):  # named without _s
+        make_run(runs / f'{seed}', f'--seed {seed} --n-train 9')
+        make_run(runs / f'{seed}p', f'--seed {seed} --n-train 9 --periodic')
+    diverge(runs / '2p')
+    return rate_runs(folder, PGD)
 
 
 def test_every_figure_is_drawn_in_spite_of_the_users_matplotlibrc(tmp_path, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, 'text.usetex', True)
-    monkeypatch.setitem(figures.STYLE, 'savefig.dpi', 50)
-    runs, rates = budget_runs(tmp_path / 'runs'), rate_runs(tmp_path / 'rates', PGD)
-    connect(runs / '0.10', runs / '0.11', 1)
-    analyse(make_run(runs / '0.22', f'--eps 0.2 --seed 2 {SMALL}'))
+    monkeypatch.setitem(figures.STYLE, 'savefig.dpi', 30)
+    runs = runs_of_all_figures(tmp_path / 'runs')
     record.save('evals/theory.json', THEORY)
-    studies = ['--budget', str(runs), '--width', str(runs), '--rate', str(rates)]
-    report.main([*studies, '--out', 'out'])
-    names = 'fig8', 'fig3', 'fig4', 'fig11', 'fig12', 'c24', 'c25'
-    names = {f'{name}_mnist_lenet_constant.png' for name in names} | {'fig1.png'}
-    names |= {'fig5_mnist_lenet.png', 'c23_mnist_lenet.png'}
+    report.main([str(runs), '--out', 'out'])
+    names = {f'{name}_mnist.png' for name in ('fig8', 'fig3', 'fig4', 'fig11', 'fig12', 'c25')}
+    names |= {'periods.png', 'c24_mnist_eps0.2.png', 'fig5_rate.png', 'fig1.png'}
+    names |= {'curves_mnist_lenet.png'}
     assert {path.name for path in pathlib.Path('out').glob('*.png')} == names
-    index = pathlib.Path('out/index.md').read_text()
-    assert all(f'({name})' in index for name in names)
+    page = pathlib.Path('out/README.md').read_text()
+    assert all(f'({name})' in page for name in names)
 
 
-@pytest.mark.parametrize('kind', report.STUDIES)
-def test_a_study_of_runs_that_are_only_trained_has_no_claims(tmp_path, kind):
-    report.main([f'--{kind}', make_run(tmp_path / 'run', errors=[1]), '--out', 'out'])
-    (rows,) = read_tables(pathlib.Path('out/claims.md'))
-    assert {row['verdict'] for row in rows} == {'—'}
+def test_legends_name_what_the_lines_are(tmp_path):
+    runs = runs_of_all_figures(tmp_path / 'runs')
+    drawn = {name: figure for name, _, figure in figures.figures(results.collect([runs]), None)}
+    legends = {name: str(drawn[f'{name}_mnist'].legends[0].get_texts()) for name in ('fig4', 'c25')}
+    assert 'eps 0.1, random, n = 2' in legends['fig4'] and ', top eigenvector' in legends['fig4']
+    assert ', curve' in legends['c25'] and ', straight line' in legends['c25']
+    top = drawn['periods'].axes[0]
+    assert top.get_title() == '0, n = 3'
+    lines = [line for line in top.lines if 'one run, test' in line.get_label()]
+    assert len(lines) == 1 and len(top.collections) == 2  # bands, of three seeds
+
+
+def test_figures_of_one_name_do_not_replace_each_other(tmp_path):
+    one = ('fig3', 'one', Figure()), ('fig3', 'other', Figure())
+    with mock.patch.object(figures, 'figures', return_value=one):
+        drawn = figures.draw(None, None, tmp_path)
+    assert drawn == {'fig3.png': 'one', 'fig3_2.png': 'other'}
+
+
+def test_a_report_of_runs_that_are_only_trained_has_no_claims(tmp_path):
+    runs = [make_run(tmp_path / f'{eps}', f'--eps {eps} --width 1', [1]) for eps in (0, 0.1)]
+    assert judged(*runs) == {}
+
+
+def plotted(table, ylabel, yscale='linear'):
+    ax = Figure().subplots()
+    ax.set(ylabel=ylabel, yscale=yscale)
+    figures.plot(ax, pd.DataFrame(table), 'label', color='C0')
+    return ax
 
 
 def test_three_seeds_are_a_mean_in_a_band_and_two_are_two_curves():
-    runs = [pd.Series([1.0, scale]) for scale in (1.0, 10.0, 100.0)]
-    panel = 'x', 'y', 'log', lambda run: run
-    (ax,) = figures.curves([('three', 'C0', runs)], [panel]).axes
+    seeds = {seed: [1.0, scale] for seed, scale in enumerate((1.0, 10.0, 100.0))}
+    ax = plotted(seeds, 'y', 'log')
     assert ax.lines[0].get_ydata() == pytest.approx([1, 10])  # the geometric mean
     low, high = ax.collections[0].get_datalim(ax.transData).intervaly
     assert (low, high) == pytest.approx((1, 100))  # a decade to either side
-    (ax,) = figures.curves([('two', 'C0', runs[:2])], [panel]).axes
+    ax = plotted({seed: seeds[seed] for seed in (0, 1)}, 'y', 'log')
     assert np.ravel([line.get_ydata() for line in ax.lines]) == pytest.approx([1, 1, 1, 10])
     assert not ax.collections
 
 
-def test_what_was_not_measured_has_no_dot_but_0_has_one():
-    numbers = {'budget': ['a', 'a', 'b'], 'width': [1, 4, 4], 'dead': [0.0, 0.5, 0.0]}
-    groups = figures.by_column(pd.DataFrame({'seed': 0} | numbers), 'budget', 'width', 'dead')
-    (ax,) = figures.curves(groups, [('width', 'dead', 'linear', lambda rows: rows['dead'])]).axes
+@pytest.mark.parametrize('ylabel', ['robust error', 'dead in conv1', figures.LOSS, 'cosine'])
+def test_bands_of_errors_and_shares_end_at_0_and_1(ylabel):
+    table = {0: [0.0, 1.0], 1: [0.0, 1.0], 2: [0.9, 0.1]}  # 0.3 - 0.52, 0.7 + 0.52
+    band = plotted(table, ylabel).collections[0].get_datalim(Figure().subplots().transData)
+    ends = (0, 1) if ylabel in ('robust error', 'dead in conv1') else (-0.22, 1.22)
+    assert (band.y0, band.y1) == pytest.approx(ends, abs=0.01)
+
+
+def test_what_was_not_measured_has_no_dot_but_0_has_one(tmp_path):
+    for width, eps, share in (1, 0, 0.0), (4, 0, 0.5), (4, 0.3, 0.0):
+        run = analyse(make_run(tmp_path / f'{width}{eps}', f'--width {width} --eps {eps} {SMALL}'))
+        dead = record.load(run / 'dead.json')
+        layers = [dead['layers'][0] | {'share': share}]
+        record.save(run / 'dead.json', dead | {'layers': layers})
+    (ax,) = figures.dead_units(results.collect([tmp_path]).runs).axes
     assert [list(line.get_xydata().ravel()) for line in ax.lines] == [[1, 0, 4, 0.5], [4, 0]]
     assert all(line.get_marker() == 'o' for line in ax.lines)
