@@ -6,7 +6,16 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from paper.results import CONDITIONS, FIVE, FOLLOW, UNKNOWN, alike, comparable, first_and_last
+from paper.results import (
+    CONDITIONS,
+    FIVE,
+    FOLLOW,
+    UNKNOWN,
+    alike,
+    comparable,
+    first_and_last,
+    how_evaluated,
+)
 
 RULE = """A claim is that a number is above 0: points of error less, or decades. Seeds are paired.
 An interval [low, high] is Student's, of 95 %, over training seeds; all seeds are tested on the same
@@ -20,6 +29,7 @@ image. A dash: not measured.
 """
 TEXT = pathlib.Path(__file__).with_name('claims.txt').read_text()
 CLAIMS = [[cell.strip() for cell in line.split('|')] for line in TEXT.splitlines()[1:]]
+OF_MINIMA = 'last', 'sharper', 'barrier', 'similar', 'steeper'  # numbers of trained models
 BASELINES = {'eps_sched': 'constant', 'periodic': 'no', 'model': 'vgg'}
 TABLE_1 = {  # a change of the baseline: the claim, the paper's gains by the five attacks, and clean
     'linear': ('A linear eps beats a constant one', '0.37 to 1.86', '0.07 to 6.45'),
@@ -85,7 +95,8 @@ def correct_for_number(table):
         verdict = name.removeprefix('p ')
         decided = table[verdict].str.match('holds|does not hold') & ~np.isnan(p[:, column])
         table.loc[decided & ~stands[:, column], verdict] += ', uncorrected'
-    table.drop(columns=columns, inplace=True)
+    for name in columns:
+        del table[name]
     return int((~np.isnan(p)).sum())
 
 
@@ -144,6 +155,7 @@ def gain(setting, pairs):
     return {
         'claim': claim,
         'runs': pairs['name'].iloc[0],
+        'evaluated': how_evaluated(pairs.iloc[0]),
         'seeds': len(pairs),
         'robust': verdict,
         'points': robust,
@@ -167,7 +179,7 @@ def on_numbers(results):
         for group in alike(runs, results.settings, (varied, *FOLLOW[varied])):
             if group[varied].nunique() < (3 if varied == 'eps' else 2):  # two make no trend
                 continue
-            group = comparable(group)
+            group = comparable(group, varied)
             group[number] = [numbers(run).get(number) for run in group.to_dict('records')]
             table = group.astype({number: float}).pivot_table(number, 'seed', varied)
             if not setting:
@@ -177,8 +189,9 @@ def on_numbers(results):
             else:
                 continue
             if len(values):
-                count = setting == 'width'
-                yield finding((claim, where), values, group, of_full_size(group, source), count)
+                full, count = of_full_size(group, source), setting == 'width'
+                unknown = number in OF_MINIMA and 'unknown' in set(group['constant'])
+                yield finding((claim, where), values, group, full, count, ['unknown'] * unknown)
 
 
 def of_full_size(group, source):
@@ -225,12 +238,12 @@ def decades(value):
 def on_rates(runs, settings):
     """The verdicts on Figure 5 and C.2.3, at the learning rates that both schedules have."""
     for group in alike(runs, settings, ('lr', *FOLLOW['lr'])):
-        group = comparable(group)
+        group = comparable(group, 'lr', *FOLLOW['lr'])
         group['error'] = [run and run['error'] for run in group['pgd']]
         constant = group[group['eps_sched'] == 'constant']
         growing = group[(group['eps_sched'] != 'constant') & (group['lr_warmup'] == 0)]
         for lr_warmup, baseline in constant.groupby('lr_warmup'):
-            for _, ours in growing.groupby('eps_sched'):
+            for _, ours in growing.groupby(['eps_sched', 'eps_min', 'eps_max']):
                 before, after = (
                     frame.astype({'error': float}).pivot_table('error', 'seed', 'lr')
                     for frame in (baseline, ours)
@@ -240,8 +253,9 @@ def on_rates(runs, settings):
                 before, after = before[both], after[both]
                 if before.empty or before.shape[1] < 2:
                     continue
-                stuck = (baseline['constant'] == 'yes').all()
-                states = ['yes' if stuck else 'no'] * len(before)
+                states = set(baseline['constant'])
+                stuck = 'yes' if states == {'yes'} else 'no' if 'no' in states else 'unknown'
+                states = [stuck] * len(before)
                 full = of_full_size(pd.concat([baseline, ours]), 'pgd')
                 if lr_warmup:
                     points = 100 * (before - after).mean(axis=1)

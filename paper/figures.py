@@ -29,6 +29,8 @@ STYLE = {
 }
 LOSS, GRADIENT, DISTANCE = r'$L_\epsilon$', 'gradient norm', r'$||\theta - \theta_0||$'
 NORMALIZED = '|eigenvalue| / mean random loss'
+RAMP = ['eps_min', 'eps_max']
+BOUNDS = {'error': (0, 1), 'dead': (0, 1), 'cosine': (-1, 1)}  # of y, by a word in its label
 LOG = GRADIENT, '|eigenvalue|', NORMALIZED, 'learning rate', 'width'
 
 
@@ -120,6 +122,8 @@ def draw(results, theory, out):
     drawn = {}
     with matplotlib.style.context(['default', STYLE]):
         for name, shows, figure in figures(results, theory):
+            while f'{name}.png' in drawn:  # of other runs
+                name += '_2'
             file, buffer = f'{name}.png', io.BytesIO()
             figure.savefig(buffer, format='png')
             record.replace(out / file, lambda f, content=buffer: f.write(content.getbuffer()))
@@ -136,19 +140,21 @@ def figures(results, theory):
         yield 'periods', PERIODS, figure_of_periods(results, periods)
     for group in alike(trained, settings, ('eps', *FOLLOW['eps'])):
         if group['eps'].nunique() >= 3:  # two make no trend
-            yield from figures_of_eps(comparable(group), common_name(group))
+            yield from figures_of_eps(comparable(group, 'eps'), common_name(group))
     for group in alike(runs, settings, ('lr', *FOLLOW['lr'])):
-        group = comparable(group)
+        group = comparable(group, 'lr', *FOLLOW['lr'])
         group = group[group['pgd'].notna()]
         group = group.assign(
             error=[result['error'] for result in group['pgd']],
             schedule=group['eps_sched'] + np.where(group['lr_warmup'] > 0, ', lr warm-up', ''),
         )
+        if group.duplicated(['seed', 'lr', 'schedule']).any():  # several ramps
+            group['schedule'] += [f' {low:g}, {high:g}' for low, high in group[RAMP].values]
         if group['lr'].nunique() > 1:
             panel = 'robust test error (PGD)', 'error', ('learning rate', 'lr', None, '')
             yield f'fig5_{common_name(group)}', FIG_5, panels(group, 'schedule', [panel])
     for group in alike(trained, settings, ('width', 'eps', *FOLLOW['eps'])):
-        group = comparable(group)
+        group = comparable(group, 'width', 'eps')
         group = group[group['dead'].notna()]
         if group['width'].nunique() > 1:
             yield f'c24_{common_name(group)}', C24, dead_units(group)
@@ -213,8 +219,8 @@ def label(value, runs, kind=''):
 
 
 def plot(ax, table, label, **look):
-    """The columns of a table: one or two as a curve each, more as a mean in a band. Errors, shares
-    and cosines stay within [0, 1]."""
+    """The columns of a table: one or two as a curve each, more as a mean in a band. Bands
+    stay within BOUNDS."""
     if len(table) < 25:
         look |= {'marker': 'o', 'ms': look.get('ms', 3)}
     if table.shape[1] < 3:
@@ -225,8 +231,9 @@ def plot(ax, table, label, **look):
     values, back = (np.log(table), np.exp) if ax.get_yscale() == 'log' else (table, np.array)
     mean, half = values.mean(axis=1), values.std(axis=1)
     low, high = back(mean - half), back(mean + half)
-    if ax.get_ylabel() not in LOG and table.max(axis=None) <= 1:
-        low, high = np.clip(low, 0, 1), np.clip(high, 0, 1)
+    for word, ends in BOUNDS.items():
+        if word in ax.get_ylabel():
+            low, high = np.clip(low, *ends), np.clip(high, *ends)
     ax.plot(table.index, back(mean), label=label, **look)
     ax.fill_between(table.index, low, high, color=look['color'], alpha=0.2, lw=0)
 
@@ -289,11 +296,12 @@ def figure_of_periods(results, periods):
     figure = Figure(figsize=(10, 0.22 * len(periods) + 4.2))
     axes = figure.subplot_mosaic('AB;CB', height_ratios=(3, 1))
     top, gains, below = axes['A'], axes['B'], axes['C']
-    runs = results.runs
+    top.set(ylabel='robust error (PGD)', title=f'{pairs["name before"].iloc[0]}, n = {len(pairs)}')
+    runs = results.runs[results.runs['log'].map(bool)]  # else it diverged
     for i, suffix in enumerate((' before', '')):
-        ours = runs[
-            (runs['name'] == pairs[f'name{suffix}'].iloc[0]) & runs['seed'].isin(pairs['seed'])
-        ]
+        settings = [pairs[f'{name}{suffix}'].iloc[0] for name in results.settings]
+        ours = runs[(runs[results.settings] == settings).all(axis=1)]
+        ours = ours[ours['seed'].isin(pairs['seed'])]
         kind = 'three periods' if not suffix else 'one run'
         for name, text, style in (('train', 'training', ':'), ('', 'test', '-')):
             error = 'train_robust_error' if name else 'robust_error'
@@ -306,7 +314,6 @@ def figure_of_periods(results, periods):
     for color, (text, error) in zip(('C0', 'C1'), ends.items()):
         text += f', {pairs["test images"].iloc[0]} images'
         top.axhline(pairs[error].mean() / 100, color=color, ls='-.', lw=1, label=text)
-    top.set(ylabel='robust error (PGD)', title=f'{pairs["name before"].iloc[0]}, n = {len(pairs)}')
     top.legend(fontsize=7)
     below.set(xlabel='epoch', ylabel='share', yscale='linear')
     below.plot([], [], 'k', label='eps')

@@ -36,6 +36,7 @@ FOLLOW = {
 # how an evaluation was made
 CONDITIONS = ['weights', 'member', 'test images', 'attack seed', 'attack precision']
 CONDITIONS += ['attacks', 'test data']
+USUAL = {'weights': 'last', 'member': 'all', 'attack seed': 0, 'attack precision': 'fp32'}
 UNKNOWN = '—'
 
 
@@ -87,9 +88,11 @@ def alike(frame, settings, but=()):
     return [group for _, group in frame.groupby(same, dropna=False, sort=False)]
 
 
-def comparable(group):
+def comparable(group, *point):
     """A group of runs with what can be compared of them: results on as many images as the most, as
-    many first and last updates and the same points of similarity for all."""
+    many first and last updates and the same points of similarity for all. Of two runs of a seed
+    with the same values of the settings `point` there is neither: either may be the odd one."""
+    group = group[~group.duplicated(['seed', *point], keep=False)]
     runs = [dict(run) for run in group.to_dict('records')]
     for name in ('pgd', *ANALYSES):
         most = max((run[name]['n'] for run in runs if run[name]), default=0)
@@ -103,18 +106,26 @@ def comparable(group):
         {point['a'] for point in run['similarity']['points']} for run in runs if run['similarity']
     ]
     shared = set.intersection(*shared) if shared else set()
+    has_steps = min(shared, default=1) <= 0 < max(shared, default=0)
     connected = set()
     for run in runs:
         run['n_updates'] = n_updates
         if run['similarity']:
             points = [point for point in run['similarity']['points'] if point['a'] in shared]
-            run['similarity'] = {**run['similarity'], 'points': points}
+            run['similarity'] = {**run['similarity'], 'points': points} if has_steps else None
         if run['connect']:  # pairs that share a run are not independent
             pair = {run['connect']['digest'], run['connect']['other']}
             if pair & connected:
                 run['connect'] = None
-            connected |= pair
+            else:
+                connected |= pair
     return pd.DataFrame(runs, index=group.index)
+
+
+def how_evaluated(row):
+    """How an evaluation was made, in words."""
+    unusual = [f'{name} {row[name]}' for name in USUAL if row[name] != USUAL[name]]
+    return ', '.join([f'{row["test images"]} images', *unusual])
 
 
 def first_and_last(run):
@@ -151,7 +162,8 @@ def read(folder, defaults, left_out):
         'minutes': sum(epoch['seconds'] for epoch in log) / 60,
         'gib': max((epoch.get('gib') or np.nan for epoch in log), default=np.nan),
         'overfitting': np.nan,
-        **dict.fromkeys(('updates', 'n_updates', 'pgd', *ANALYSES)),
+        'n_updates': 0,
+        **dict.fromkeys(('updates', 'pgd', *ANALYSES)),
     }
     differs = differences(config, run['periodic'])
     row = config['dataset'], config['model'], run['periodic'], config['eps_sched']

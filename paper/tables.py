@@ -5,7 +5,7 @@ import pandas as pd
 
 import data
 from paper.claims import judge
-from paper.results import CONDITIONS, PAPER, ROW, UNKNOWN, alike
+from paper.results import CONDITIONS, PAPER, ROW, UNKNOWN, alike, how_evaluated
 
 NOTES = """Errors are percent; 8.58(89) is 8.58 +- 0.89 over seeds; a dash: not measured. *Two
 attacks*: the first two of AutoAttack, APGD-CE and APGD-T, one after the other. *Overfitting*: the
@@ -127,10 +127,7 @@ def other_runs(runs, settings, errors):
     rows = []
     for ours in alike(runs, [*settings, *CONDITIONS]):
         first = ours.iloc[0]
-        usual = {'weights': 'last', 'member': 'all', 'attack seed': 0, 'attack precision': 'fp32'}
-        unusual = [f'{name} {first[name]}' for name in usual if first[name] != usual[name]]
-        evaluated = ', '.join([f'{first["test images"]} images', *unusual])
-        row = {'runs': first['name'], 'flags': first['differs'], 'evaluated': evaluated}
+        row = {'runs': first['name'], 'flags': first['differs'], 'evaluated': how_evaluated(first)}
         rows.append(row | cells(ours, errors))
     return pd.DataFrame(rows)
 
