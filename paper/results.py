@@ -249,9 +249,8 @@ def evaluate(files, run, in_table_1, left_out):
         row |= {'attacks': {}, 'errors': {}, 'classes': [], 'full': False}
         row = rows.setdefault(key, row)
         columns = result['columns']
-        attacks = {}
-        if not result.get('standard'):
-            attacks = {key: columns[key]['settings'] for key in columns.keys() - {'clean', 'worst'}}
+        searched = () if result.get('standard') else columns.keys() - {'clean', 'worst'}
+        attacks = {key: columns[key]['settings'] for key in searched}
         if any(row['attacks'].get(key, attacks[key]) != attacks[key] for key in attacks):
             left_out.append(f'{path} has other settings of an attack than a file before it')
             continue

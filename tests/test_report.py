@@ -164,10 +164,13 @@ def test_what_is_not_whole_stands_in_the_other_table(tmp_path, change):
 
 def test_precisions_have_a_table_each(tmp_path):
     for precision in 'fp32', 'bf16':
-        make_run(tmp_path / precision, f'--precision {precision}')
+        run = make_run(tmp_path / precision, f'--precision {precision}')
+    evaluate(run, ERRORS, 'evaluate_seed1.json', seed=1)  # not as in Table 1
+    evaluate(run, ERRORS, 'evaluate_tf32.json', precision='tf32')
     tables = reported(tmp_path)
     half = tables[FULL.replace('fp32', 'bf16')]
     assert tables[FULL][0]['seeds'] == half[0]['seeds'] == '1' and len(half) == 15
+    assert len(tables[OTHER]) == 2
 
 
 def test_each_way_to_evaluate_is_a_row_of_its_own(tmp_path):
@@ -229,18 +232,20 @@ def test_copies_count_once_and_different_models_of_a_seed_are_refused(tmp_path):
 
 
 def test_older_results_are_on_the_data_of_the_others_unless_these_differ(tmp_path):
-    make_run(tmp_path / 'new', data='abc')
-    old = make_run(tmp_path / 'old', '--seed 1')
+    new = make_run(tmp_path / 'new', '--n-train 9', data='abc')
+    evaluate(new, ERRORS, data='test')
+    old = make_run(tmp_path / 'old', '--n-train 9 --seed 1')
     config = record.load_config(old)
     del config['start'], config['restart'], config['n_val']  # it has their defaults
     record.save(old / 'config.json', config)
     evaluate(old, [1, *[20] * 5], data='test', **STANDARD)
-    copy(tmp_path / 'new', make_run(tmp_path / 'copy'))
-    row = reported(tmp_path)[FULL][0]
-    assert (row['seeds'], row['AutoAttack']) == ('2', '20.00')
-    for seed, digest in enumerate('xy'):
-        make_run(tmp_path / digest, f'--n-train 9 --seed {seed}', data=digest)
-    assert [row['seeds'] for row in reported(tmp_path)[OTHER]] == ['1', '1']
+    copy(new, make_run(tmp_path / 'copy', '--n-train 9'))
+    make_run(tmp_path / 'silent', '--n-train 9 --seed 3')
+    (row,) = reported(tmp_path)[OTHER]
+    assert (row['seeds'], row['AutoAttack']) == ('3', '20.00')
+    make_run(tmp_path / 'other', '--n-train 9 --seed 2', data='other')
+    (tmp_path / 'copy/config.json').unlink()
+    assert sorted(row['seeds'] for row in reported(tmp_path)[OTHER]) == ['1', '1', '2']
 
 
 def test_runs_are_found_at_any_depth(tmp_path):
@@ -367,12 +372,13 @@ def control_runs(folder):
                 how = {'member': member} if member else {}
                 file = f'evaluate_{label}.json'
                 evaluate(run, errors, file, weights=weights, n=500, standard=True, **how)
-        alone = [folder / f'alone{i}_s{seed}' for i in range(3)]
-        for i, epochs in enumerate((2, 4, 2)):  # the longest gives the seed
-            make_run(alone[i], f'--n-train 9 --epochs {epochs} --seed {seed + 10 * ((i - 1) % 3)}')
-        ensemble(f'{seed}', alone, errors, n=500)
-        ensemble(f'{seed}_eps', alone, [0] * 6, n=500, eps=0.1)
-        ensemble(f'{seed}_tf32', alone, [0] * 6, n=500, precision='tf32')
+        alone = [folder / f'alone{i}_s{seed}' for i in range(4)]
+        for i, epochs in enumerate((2, 4, 2, 4)):  # the longest gives the seed
+            make_run(alone[i], f'--n-train 9 --epochs {epochs} --seed {seed + 10 * ((i - 1) % 4)}')
+        ensemble(f'{seed}', alone[:3], errors, n=500)
+        ensemble(f'{seed}_long', alone[1:], [0] * 6, n=500)  # of 10 epochs
+        ensemble(f'{seed}_eps', alone[:3], [0] * 6, n=500, eps=0.1)
+        ensemble(f'{seed}_tf32', alone[:3], [0] * 6, n=500, precision='tf32')
     return folder
 
 
