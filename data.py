@@ -180,7 +180,7 @@ def subset(n, k=None):
     if k is None:
         return torch.arange(n)
     if not 0 <= k <= n:
-        raise ValueError(f'there are {n} images, not {k}: --n-examples, --n-train, --n-eval')
+        raise ValueError(f'cannot take {k} of {n} images; lower --n-examples, --n-train, --n-eval')
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values
 
 

@@ -33,7 +33,7 @@ def load_run(path, args):
     x, y = data.load(dataset, args.data_dir, args.device)[:2]
     digest = data.digest(x, y)
     if config.get('data', digest) != digest:
-        raise ValueError(f'{path} was trained on other images than those of {args.data_dir}')
+        raise ValueError(f'{path} was trained on other images than those of --data-dir')
     n_train = len(data.split(len(x), config.get('n_train'), config.get('n_val', 0))[0])
     n = args.n_examples or n_train
     if n > n_train:

@@ -115,6 +115,8 @@ def start(folder, config, defaults, device):
         raise ValueError(f'{folder} holds files but no config.json; name another with --out')
     begun = dict(config) if is_new else defaults | load(path)
     changed = [name for name in config if begun.get(name, config[name]) != config[name]]
+    if changed == ['data']:
+        raise ValueError(f'{folder} was begun on other images than those of --data-dir')
     if changed:
         was, now = (data.show_settings(changed, settings) for settings in (begun, config))
         raise ValueError(f'{folder} was begun with {was}, not {now}; name a new one with --out')
@@ -168,7 +170,7 @@ def find_runs(paths):
     """The runs and checkpoints among `paths`, and all runs below a folder that is not a run: each
     once, by the path or link that comes first."""
     found, seen = [], set()
-    waiting = [pathlib.Path(path) for path in reversed(paths)]
+    waiting = [pathlib.Path(path) for path in paths][::-1]
     while waiting:
         path = waiting.pop()
         if os.path.realpath(path) in seen:  # such as a link to a folder above it

@@ -226,15 +226,19 @@ def test_results_of_other_images_or_weights_are_replaced_and_said_so(copies, ran
 
 def test_a_changed_attack_is_run_again_with_all_that_came_after_it(copies, ran, monkeypatch):
     argv = [str(copies / 'single'), '--n-examples', '20', '--standard']
-    table = {key: attack.ATTACKS[key] for key in ('pgd', 'pgd100', 'square5k')}
-    for pgd100 in table['pgd100'], functools.partial(table['pgd100'], n_iter=2), None:
-        table['pgd100'] = pgd100
-        table = {key: run for key, run in table.items() if run}
+    pgd, pgd100, square = (attack.ATTACKS[key] for key in ('pgd', 'pgd100', 'square5k'))
+    changed = functools.partial(pgd100, n_iter=2)
+    for table in (
+        {'a': pgd, 'b': pgd100, 'c': square},
+        {'a': pgd, 'b': changed, 'c': square},
+        {'a': pgd, 'c': square},
+        {'a': pgd},
+    ):
         monkeypatch.setattr(attack, 'STANDARD', table)
         evaluate.main(argv)
     assert [key for key, _ in ran] == 'pgd pgd100 square5k pgd100 square5k square5k'.split()
-    columns = result_of(copies / 'single')[0]['columns']
-    assert columns['worst']['settings'] == {'of': 'clean+pgd+square5k'}
+    worst = result_of(copies / 'single')[0]['columns']['worst']
+    assert worst['settings'] == {'of': 'clean+a'}
 
 
 def test_the_classes_that_a_model_and_each_member_predict_are_counted(copies):

@@ -79,7 +79,8 @@ def test_a_loss_is_a_function_and_a_setting(folder):
 
 
 def test_a_report_shows_all_of_it_and_does_not_take_the_run_for_the_papers(folder):
-    paper, _, other = (folder / 'results/table1.md').read_text().partition('Other runs')
-    assert 'cifar100' not in paper
-    for part in 'mlp on cifar100', 'eps_sched sqrt', 'beta 6', '| NOISE |':
+    page = (folder / 'results/README.md').read_text()
+    paper, _, other = page.partition('## Other runs')
+    assert '| cifar100' not in paper
+    for part in 'mlp on cifar100', '--beta 6', '| NOISE |':
         assert part in other

@@ -186,11 +186,13 @@ def test_a_flag_that_failed_before_the_first_epoch_can_be_corrected(tiny):
     assert record.load_config('run')['n_train'] == 256
 
 
-def test_a_run_is_not_analysed_on_other_images_than_it_was_trained_on(runs, tmp_path):
+def test_a_run_is_neither_analysed_nor_resumed_on_other_images(runs, tmp_path):
     run = shutil.copytree(runs / 'single', tmp_path / 'run')
     record.save(run / 'config.json', record.load_config(run) | {'data': 'other'})
-    with pytest.raises(ValueError, match='run was trained on other images than those of data'):
+    with pytest.raises(ValueError, match='run was trained on other images'):
         hessian.main([str(run)])
+    with pytest.raises(ValueError, match='run was begun on other images'):
+        record.start(run, record.load_config(run) | {'data': 'new'}, {}, 'cpu')
 
 
 # The command line
