@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import data
 import models
 import schedule
-from attack import pgd
+from attack import pgd, pgd_loop
 from lib import cli, distributed, fast, record, rng, search
 from lib.classifier import NotFiniteError, correct, norm, predict, refuse_nan
 
@@ -243,11 +243,11 @@ def attacked_network(model, x, config, compiled):
     """The network for updates, and its `fast.Adversary`; both by torch.compile if `compiled`."""
     dtype = torch.bfloat16 if config.precision == 'bf16' else torch.float32
     if not compiled:
-        return model, fast.Adversary(model, config.n_iter, x[:2], dtype=dtype)
+        return model, fast.Adversary(pgd_loop, model, config.n_iter, x[:2], dtype=dtype)
     # static shapes: torch would turn to dynamic ones after some batches, a resumed run after others
     static = functools.partial(torch.compile, dynamic=False)
     net = static(model, mode='reduce-overhead')  # CUDA graphs
-    return net, fast.Adversary(model, config.n_iter, x[:2], compiled=static, dtype=dtype)
+    return net, fast.Adversary(pgd_loop, model, config.n_iter, x[:2], compiled=static, dtype=dtype)
 
 
 def peak_memory(device):

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from attack import pgd_loop
 from lib import distributed
 from lib.classifier import flag, frozen
 from lib.rng import uniform
@@ -168,7 +167,7 @@ class ImageGradient(torch.autograd.Function):
 
 
 class Adversary:
-    """The attacker of a model in training: `pgd`, set up once for all batches.
+    """The attacker of a model in training: the `loop` of PGD, set up once for all batches.
 
     adversary(x, y, eps, step_size, start=..., seed=...) is pgd(model, x, y, eps, step_size, n_iter,
     ...) but for rounding: it attacks the `folded` network, with the parameters at the time of the
@@ -182,8 +181,8 @@ class Adversary:
     beforehand.
     """
 
-    def __init__(self, model, n_iter, x, *, compiled=None, capture=None, dtype=torch.float32):
-        self.model, self.n_iter, self.capture = model, n_iter, capture
+    def __init__(self, loop, model, n_iter, x, *, compiled=None, capture=None, dtype=torch.float32):
+        self.loop, self.model, self.n_iter, self.capture = loop, model, n_iter, capture
         self.attacks = {}  # shape of x -> what `set_up` returns
         self.nan = flag(x)
         self.folded = folded(model, x)
@@ -218,7 +217,7 @@ class Adversary:
                 self.folded.refold()
                 images = buffers.x, buffers.y, buffers.noise, buffers.x_adv
                 budget = buffers.eps, buffers.step_size, self.n_iter, buffers.start
-                self.nan |= pgd_loop(self.network, *images, *budget)
+                self.nan |= self.loop(self.network, *images, *budget)
 
         capture = self.capture or (captured if x.is_cuda else lambda run: run)
         try:

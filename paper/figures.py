@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 import data
 from lib import record
 from paper.claims import common_name, comparisons, headline, interval, points_of
+from paper.controls import control_groups
 from paper.results import FIVE, FOLLOW, PAPER, alike, comparable, first_and_last
-from paper.tables import control_groups
 
 STYLE = {
     'figure.constrained_layout.use': True,

@@ -83,7 +83,7 @@ def step(args, name):
     model = model.to(args.device, memory_format=torch.channels_last)
     update_bn([x], model)  # so that the logits move with x
     optimizer, bar = train.build_optimizer(model, c), tqdm(disable=True)
-    adversary = fast.Adversary(model, c.n_iter, x[:2])
+    adversary = fast.Adversary(attack.pgd_loop, model, c.n_iter, x[:2])
     runs = {'ours': lambda i: train.train_epoch(model, adversary, optimizer, x, y, c, 0, [], bar)}
     check = None
     if args.release:

@@ -117,7 +117,7 @@ def test_a_mixture_and_a_wait_are_seen(scene):
 def test_an_adversary_waits_for_nothing(scene, monkeypatch):
     monkeypatch.setattr(fast, 'captured', lambda run: [run() for _ in range(3)] and run)
     model, x, y = scene
-    adversary = fast.Adversary(model, 2, x[:2])
+    adversary = fast.Adversary(attack.pgd_loop, model, 2, x[:2])
     adversary(x, y, 0.1, 0.05)
     LABELS.waits.clear()
     assert adversary(x, y, 0.1, 0.05, seed=1).is_cuda and not +LABELS.waits
@@ -135,8 +135,11 @@ def test_training_mixes_no_devices(scene):
     model, x, y = scene
     c = train.config_of('--dataset cifar10 --periods 1 --batch-size 4 --n-iter 2 --trace 1'.split())
     c, theta_0 = mock.Mock(**c), [theta.detach().clone() for theta in model.parameters()]
-    adversary, optimizer = fast.Adversary(model, 2, x, capture=lambda f: f), torch.optim.SGD
-    optimizer = optimizer(model.parameters(), 0.1)
+    adversary, optimizer = (
+        fast.Adversary(attack.pgd_loop, model, 2, x, capture=lambda f: f),
+        torch.optim.SGD,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     row, _ = train.train_epoch(model, adversary, optimizer, x, y, c, 0, theta_0, mock.Mock())
     assert row['loss'] > 0
 

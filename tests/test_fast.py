@@ -123,7 +123,7 @@ def test_folding_and_attacking_leave_no_trace(name):
 
     model, x = network(name)
     before, values, random = held(), copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    fast.Adversary(model, 2, x)(x, torch.arange(3), 0.1, 0.05)
+    fast.Adversary(attack.pgd_loop, model, 2, x)(x, torch.arange(3), 0.1, 0.05)
     assert held() == before and torch.equal(torch.get_rng_state(), random)
     assert all(map(torch.equal, model.state_dict().values(), values.values()))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -167,7 +167,7 @@ def test_only_float32_on_cuda_is_nchw():
 @pytest.mark.parametrize('name', ['lenet', 'resnet18'])
 def test_an_adversary_is_pgd_whatever_changes(name, device):
     (model, x), y = (part.to(device) for part in network(name)), torch.arange(3, device=device)
-    adversary = fast.Adversary(model, 3, x)
+    adversary = fast.Adversary(attack.pgd_loop, model, 3, x)
     for seed, (eps, start, n) in enumerate([(0.1, None, 3), (0.05, 0.05, 3), (0.1, None, 2)]):
         expected = attack.pgd(model, x[:n], y[:n], eps, eps / 4, 3, start=start, seed=seed)
         found = adversary(x[:n], y[:n], eps, eps / 4, start=start, seed=seed)
@@ -181,7 +181,7 @@ def test_a_loop_is_captured_once_for_each_shape_and_replayed_for_each_batch():
         return lambda: replays.append(run())
 
     (model, x), y, captures, replays, results = network('lenet'), torch.arange(3), [], [], []
-    adversary = fast.Adversary(model, 2, x, capture=captured)
+    adversary = fast.Adversary(attack.pgd_loop, model, 2, x, capture=captured)
     for n, eps in (3, 0.1), (3, 0.2), (2, 0.2), (3, 0.05), (2, 0.3):
         found = adversary(x[:n], y[:n], eps, eps / 4, seed=n)
         results.append((found, attack.pgd(model, x[:n], y[:n], eps, eps / 4, 2, seed=n)))
@@ -194,7 +194,7 @@ def test_without_a_graph_the_loop_runs_as_it_is_and_says_so():
         raise RuntimeError('CUDA error: operation not permitted when stream is capturing\nCompile')
 
     (model, x), y = network('lenet'), torch.arange(3)
-    adversary = fast.Adversary(model, 2, x, capture=captured)
+    adversary = fast.Adversary(attack.pgd_loop, model, 2, x, capture=captured)
     with pytest.warns(UserWarning, match='no CUDA graph.*: CUDA error: .* is capturing$'):
         found = adversary(x, y, 0.1, 0.05)
     assert torch.allclose(found, attack.pgd(model, x, y, 0.1, 0.05, 2))
@@ -214,7 +214,7 @@ def test_in_bf16_no_step_of_an_attack_casts_weights():
     model, x = models.build('resnet18', data.DATASETS['cifar10'], 2), torch.rand(3, 3, 32, 32)
     results, casts, y = [], [], torch.arange(3)
     for dtype, n_iter in itertools.product((torch.float32, torch.bfloat16), (1, 3)):
-        adversary = fast.Adversary(model, n_iter, x, dtype=dtype)
+        adversary = fast.Adversary(attack.pgd_loop, model, n_iter, x, dtype=dtype)
         with torch.autocast('cpu', torch.bfloat16, cache_enabled=False), Casts() as mode:
             results.append(adversary(x, y, 0.1, 0.05))
         casts.append(mode.n)
@@ -225,7 +225,7 @@ def test_in_bf16_no_step_of_an_attack_casts_weights():
 def test_nan_logits_show_in_the_total_and_the_trial_of_a_capture_does_not(monkeypatch):
     monkeypatch.setattr(torch, 'empty_like', lambda x: torch.full_like(x, torch.nan))
     (model, x), y = network('constants'), torch.arange(3)
-    adversary = fast.Adversary(model, 2, x, capture=lambda run: run() or run)
+    adversary = fast.Adversary(attack.pgd_loop, model, 2, x, capture=lambda run: run() or run)
     adversary(x, y, 0.1, 0.05)
     assert not adversary.nan
     for variance in -1, 1:  # the check comes many batches later
@@ -237,13 +237,14 @@ def test_nan_logits_show_in_the_total_and_the_trial_of_a_capture_does_not(monkey
 def test_a_step_of_training_resnet18_takes_less_than_8_mib_an_image():
     grown = printed("""
 import torch
+import attack
 import data
 from lib import fast
 import models
 torch.set_num_threads(1)
 model, before = models.build('resnet18', data.DATASETS['cifar10'], 8), peak()
 x, y = torch.rand(64, 3, 32, 32), torch.arange(64) % 10
-x = fast.Adversary(model, 2, x[:2])(x, y, 8 / 255, 2 / 255)
+x = fast.Adversary(attack.pgd_loop, model, 2, x[:2])(x, y, 8 / 255, 2 / 255)
 torch.nn.functional.cross_entropy(model(x), y).backward()
 print((peak() - before) / 64)
 """)
