@@ -146,7 +146,7 @@ def read(folder, defaults, left_out):
         weights: [row[key] for row in log if key in row]
         for weights, key in (('last', 'digest'), ('best', 'best_digest'), ('ema', 'ema_digest'))
     }
-    run = {name: value for name, value in config.items() if value is not None}
+    run = {name: rounded(value) for name, value in config.items() if value is not None}
     run |= {name: data.show(name, run[name], '') for name in run if isinstance(run[name], list)}
     run |= {
         'path': folder,
@@ -181,9 +181,7 @@ def read(folder, defaults, left_out):
         analyses = [result for _, result in load(f'{name}*.json')]
         analyses = [result for result in analyses if wanted.items() <= result.items()]
         run[name] = max(analyses, key=lambda result: result['n'], default=None)
-    last = [epoch for epoch in log[-5:] if epoch['eps'] == config['eps']]
-    last = pd.DataFrame(last, columns=['robust_error', 'train_robust_error'], dtype=float).mean()
-    run['overfitting'] = 100 * (last['robust_error'] - last['train_robust_error'])
+    run['overfitting'] = overfitting(log, config['eps'])
     in_table_1 = row in PAPER.index and set(differs) <= {'precision'}
     run['evaluations'] = evaluate(load('evaluate*.json'), run, in_table_1, left_out)
     find_constant(run)
@@ -226,7 +224,20 @@ def differences(config, periodic):
     expected = train.config_of([*flags, *given])
     expected |= {name: paper[name] for name in ('eps', 'epochs')}
     names = [name for name in config if name not in NO_SETTINGS | {'data'}]
-    return [name for name in names if config[name] != expected.get(name)]
+    return [name for name in names if rounded(config[name]) != rounded(expected.get(name))]
+
+
+def rounded(value):
+    """A float to nine digits, so that 1.5 * 0.2 and 0.3 are one setting."""
+    return float(f'{value:.9g}') if isinstance(value, float) else value
+
+
+def overfitting(log, eps):
+    """The robust error on test images less that on training images, in points, by the last five
+    epochs that were trained at the target budget; nan if none was."""
+    last = [epoch for epoch in log[-5:] if epoch['eps'] == eps]
+    last = pd.DataFrame(last, columns=['robust_error', 'train_robust_error'], dtype=float).mean()
+    return 100 * (last['robust_error'] - last['train_robust_error'])
 
 
 def evaluate(files, run, in_table_1, left_out):
@@ -240,7 +251,7 @@ def evaluate(files, run, in_table_1, left_out):
         if sorted(result['digests']) != sorted(digests[member - 1 : member] if member else digests):
             left_out.append(f'{path} is of weights that the run no longer has')
             continue
-        if result['eps'] != run['eps']:
+        if result['eps'] != run['config']['eps']:
             left_out.append(f'{path} is at another eps than the run')
             continue
         key = weights, member or 'all', result['n'], result['seed']

@@ -4,9 +4,8 @@
 
 torchattacks, AutoAttack and PyHessian take part if they can be imported. Ours and its peers
 alternate in one run. A row shows the median seconds over the rounds; that of a peer also the median
-ratio (above 1: ours is faster) with its range, and the check that both computed the same, without
-which there is no ratio. All parts with all peers take half an hour or more on two cores. Leave the
-machine alone meanwhile: times mean something only beside each other.
+ratio (above 1: ours is faster) with its range, if both computed the same. All parts with all peers
+take half an hour or more on two cores that do nothing else.
 """
 
 import argparse
@@ -134,8 +133,7 @@ def their_step(args, net, x, y, c):
 
 
 STANDARD = 'fab_t', 'standard'
-AUTO_ATTACK = {'apgd100_ce': 'apgd-ce', 'apgd100_dlr': 'apgd-dlr', 'square5k': 'square'}
-AUTO_ATTACK['fab_t'] = 'fab-t'
+PACKAGE = {'apgd100_ce': 'apgd-ce', 'apgd100_dlr': 'apgd-dlr', 'square5k': 'square'}
 
 
 def attacks(args, keys=('apgd100_ce', 'apgd100_dlr', 'square5k')):
@@ -189,7 +187,7 @@ def compare_attack(args, key, net, attackers, x, y, eps):
 
 def find_peers(args, model, eps):
     """name -> (key, x, y) -> x_adv of the peers at hand; what is not said is their default."""
-    found = {}
+    peers = {}
     with contextlib.suppress(ImportError):
         from autoattack import AutoAttack
 
@@ -198,10 +196,10 @@ def find_peers(args, model, eps):
             options = {'version': version, 'device': args.device, 'verbose': False, 'seed': 0}
             attacker = AutoAttack(model, norm='Linf', eps=eps, **options)
             if key != 'standard':
-                attacker.attacks_to_run = [AUTO_ATTACK[key]]
+                attacker.attacks_to_run = [PACKAGE.get(key, 'fab-t')]
             return attacker.run_standard_evaluation(x, y, bs=250)
 
-        found['AutoAttack'] = auto_attack
+        peers['AutoAttack'] = auto_attack
     with contextlib.suppress(ImportError):
         import torchattacks
 
@@ -213,8 +211,8 @@ def find_peers(args, model, eps):
                 attacker = torchattacks.APGD(model, eps=eps, steps=100, **options)
             return torch.cat([attacker(*part) for part in zip(x.split(250), y.split(250))])
 
-        found['torchattacks'] = torch_attacks
-    return found
+        peers['torchattacks'] = torch_attacks
+    return peers
 
 
 def curvature(args):

@@ -25,6 +25,8 @@ ALL = {  # every attack, short
     'fab_t': partial(attack.fab, n_iter=20, n_targets=3),
     'square': partial(attack.square, n_queries=60),
 }
+LINEAR = [('pgd', 2, 0), ('apgd_best', 2, 0), ('square', 2, 0), ('apgd_t', 5, 0)]
+LINEAR += [('pgd', 5, 4), ('apgd_best', 5, 4), ('square', 5, 4)]
 PUBLISHED = 0.1, 1.05, 0.9, 250  # alpha_max, eta, beta, batch_size
 ZEROS = torch.zeros(100, dtype=torch.long)  # labels
 each = pytest.mark.parametrize('run', ALL.values(), ids=ALL)
@@ -53,10 +55,6 @@ class Model(nn.Module):  # notes how many images pass at a time
 
 def steady(x):  # logits that no attack gets away from class 0
     return 5 * F.one_hot(ZEROS[: len(x)], 10) + x.flatten(1)[:, :10] / 10
-
-
-LINEAR = [('pgd', 2, 0), ('apgd_best', 2, 0), ('square', 2, 0), ('apgd_t', 5, 0)]
-LINEAR += [('pgd', 5, 4), ('apgd_best', 5, 4), ('square', 5, 4)]
 
 
 def at_half(classes):
@@ -195,6 +193,18 @@ def test_pgd_is_signed_ascent_from_within_its_step_or_what_is_asked_for(start, w
     assert torch.allclose(attack.pgd(model, x, y, 0.08, 0.03, 4, start=start, seed=5), z)
 
 
+def in_numpy(model, value_of):
+    """z -> value_of(logits) of one image z, its gradient, and the class of z."""
+
+    def f(z):
+        z = torch.from_numpy(z)[None].requires_grad_()
+        logits = model(z)
+        value = value_of(logits)
+        return value.item(), torch.autograd.grad(value, z)[0][0].numpy(), logits.argmax().item()
+
+    return f
+
+
 def apgd_of_one_image(f, x, start, eps, n_iter, rho):
     """The best point by Algorithm 1 of Croce & Hein 2020, in its indices, and how often the step
     was halved, for one image; f gives loss and gradient."""
@@ -231,17 +241,6 @@ def apgd_of_one_image(f, x, start, eps, n_iter, rho):
 
 @pytest.mark.parametrize('loss, rho', [('ce', 0.75), ('dlr', 0.5)])
 def test_apgd_follows_algorithm_1_of_its_paper(loss, rho):
-    def f(z):
-        z = torch.from_numpy(z)[None].requires_grad_()
-        logits = model(z)[0]
-        if loss == 'ce':
-            value = -logits.log_softmax(0)[y[i]]
-        else:
-            first, _, third = logits.sort(descending=True).values[:3]
-            others = logits[torch.arange(10) != y[i]].max()
-            value = (others - logits[y[i]]) / (first - third + 1e-12)
-        return value.item(), torch.autograd.grad(value, z)[0][0].numpy()
-
     model, x, y = lenet(6)
     eps, halvings = 0.2, 0
     noise = 2 * rng.uniform(f'apgd {loss}', 5, torch.arange(6), (1, 28, 28), x) - 1
@@ -249,6 +248,7 @@ def test_apgd_follows_algorithm_1_of_its_paper(loss, rho):
     ours = attack.apgd(model, x, y, eps, 100, **settings)
     for i in range(6):
         start = (x[i] + eps * noise[i] / noise[i].abs().max()).clamp(0, 1).numpy()
+        f = in_numpy(model, lambda z, i=i: attack.LOSSES[loss](z, y[i : i + 1]))
         x_max, halved = apgd_of_one_image(f, x[i].numpy(), start, eps, 100, rho)
         assert np.allclose(ours[i].numpy(), x_max, atol=1e-9)
         halvings += halved
@@ -437,9 +437,9 @@ def test_with_the_pixel_range_in_the_way_it_is_the_linear_programs():
         assert least <= distance[i].item() + 1e-9 and distance[i].item() <= 1.02 * least
 
 
-def fab_of_one_image(f, x, n_iter, alpha_max, eta, beta):
+def fab_of_one_image(f, x, y, n_iter, alpha_max, eta, beta):
     """The least distance by Algorithm 1 of Croce & Hein 2020 for one image and one target; f gives
-    z_y - z_t, its gradient, and whether the point is misclassified."""
+    z_y - z_t, its gradient, and the class."""
 
     def project(point, w, r):  # by bisection
         move = -np.sign(r * w)
@@ -458,7 +458,7 @@ def fab_of_one_image(f, x, n_iter, alpha_max, eta, beta):
         length, length_0 = abs(d).max(), abs(d_0).max()
         alpha = min(length / (length + length_0), alpha_max)
         z = np.clip((1 - alpha) * (z + eta * d) + alpha * (x + eta * d_0), 0, 1)
-        if f(z)[2]:
+        if f(z)[2] != y:
             least = min(least, abs(z - x).max())
             z = x + beta * (z - x)
     return least
@@ -470,15 +470,8 @@ def test_fab_follows_algorithm_1_of_its_paper(settings):
     target = model(x).argsort(1)[:, -2]
     _, found = attack.nearest_points(model, x, y, -1, 12, 1, *settings, 250)
     for i in range(4):
-
-        def f(z, i=i):
-            z = torch.from_numpy(z)[None].requires_grad_()
-            logits = model(z)[0]
-            gap = logits[y[i]] - logits[target[i]]
-            (w,) = torch.autograd.grad(gap, z)
-            return gap.item(), w[0].numpy(), logits.argmax() != y[i]
-
-        expected = fab_of_one_image(f, x[i].numpy(), 12, *settings)
+        f = in_numpy(model, lambda z, i=i: z[0, y[i]] - z[0, target[i]])
+        expected = fab_of_one_image(f, x[i].numpy(), y[i], 12, *settings)
         assert found[i].item() == pytest.approx(expected, rel=1e-9) and expected < 1
 
 
