@@ -151,8 +151,8 @@ def apgd_start(x, y, rows, noise, eps):
 
 
 def apgd_step(state, model, criterion, checkpoints, rho, best_loss):
-    """One iteration of Algorithm 1 for each image, whose k may differ: judges x_k,
-    then moves it. Returns whether a loss or gradient was nan, ()."""
+    """One iteration of Algorithm 1 for each image, whose k may differ: judges x_k, then moves it.
+    Returns whether a loss or gradient was nan, ()."""
     x_k, k = state.x_k, state.k
     loss, logits, grad = loss_and_gradient(model, x_k, state.y, criterion)
     nan = has_nan(loss, grad)

@@ -227,7 +227,7 @@ def test_nan_logits_show_in_the_total_and_the_trial_of_a_capture_does_not(monkey
 def test_a_step_of_training_resnet18_takes_less_than_8_mib_an_image():
     grown = printed("""
 import torch
-import data
+import attack, data
 from lib import fast
 import models
 torch.set_num_threads(1)
