@@ -34,7 +34,8 @@ def show(heading, table):
         table = table[table['seeds'] > 0]
     if len(table):
         table = table[[name for name in table if name in SHOWN]]
-        print(f'{heading}\n{table.to_string(index=False)}\n')
+        text = table.to_string(index=False, na_rep='—')
+        print(f'{heading}\n{text}\n')
 
 
 def main(argv=None):

@@ -24,7 +24,7 @@ def make(results):
     tables = {}
     for first, rows in control_groups(results):
         heading = f'Controls: {first["model"]} on {first["dataset"]}, {first["eps_sched"]} eps'
-        tables[heading] = controls(first, rows)
+        tables[f'{heading}, {first["differs"]}'] = controls(first, rows)
     for precision in sorted({'fp32', *full['precision']}, reverse=True):
         heading = (
             f"Table 1 at the paper's size, {precision}: ours / the paper's / deviations between"
