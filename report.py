@@ -21,8 +21,8 @@ def page(judged, measured, drawn, sessions):
     texts = ['# Results\n\n', claims.RULE]
     texts += map(tables.markdown, judged, judged.values())
     texts += [tables.NOTES, *map(tables.markdown, measured, measured.values())]
-    texts += ['## Figures\n\n']
-    texts += [f'{shows}\n\n![{file}]({file})\n\n' for file, shows in drawn.items()]
+    texts += ['## Figures\n\nA band is one standard deviation over three seeds or more.\n\n']
+    texts += [f'{shows}\n\n![{file}]({file})\n\n' for file, (shows, _) in drawn.items()]
     made = {f'- commit {s["commit"]}, torch {s["torch"]}, {s["device"]}\n' for s in sessions}
     return ''.join([*texts, '## Made with\n\n', *sorted(made)])
 
@@ -51,20 +51,20 @@ def main(argv=None):
         folders = ' '.join(map(str, args.folders))
         raise ValueError(f'{folders}: no finished run is there; {args.out} stays as it is')
     judged, measured = claims.make(found, theory), tables.make(found)
+    drawn = figures.draw(found, theory)
+    files = {
+        'README.md': page(judged, measured, drawn, found.sessions).encode(),
+        'table1.csv': found.evaluations.to_csv(index=False).encode(),
+        **{file: picture for file, (_, picture) in drawn.items()},
+    }
     with record.lock(args.out):
-        drawn = figures.draw(found, theory, args.out)
-        texts = {
-            'README.md': page(judged, measured, drawn, found.sessions),
-            'table1.csv': found.evaluations.to_csv(index=False),
-        }
-        for name, text in texts.items():
-            content = text.encode()
-            record.replace(args.out / name, lambda file, content=content: file.write(content))
+        for file, content in files.items():
+            record.replace(args.out / file, content)
     for heading, table in (measured | judged).items():
         show(heading, table)
     for sentence in found.left_out:
         print(f'left out: {sentence}')
-    print(f'written to {args.out}: {", ".join([*texts, *drawn])}')
+    print(f'written to {args.out}: {", ".join(files)}')
 
 
 if __name__ == '__main__':

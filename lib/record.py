@@ -28,9 +28,9 @@ import models
 from lib import cli, distributed
 
 
-def replace(path, write):
-    """Calls write(file) on a new binary file, syncs it to disk and moves it to `path` in one step.
-    Of several processes the first one writes, once all are here."""
+def replace(path, content):
+    """Writes bytes to a new file, syncs it to disk and moves it to `path` in one step. Of several
+    processes the first one writes, once all are here."""
     path = pathlib.Path(path)
     temporary = path.with_name(f'.{path.name}.tmp')  # no clash: writers hold the folder's lock
     distributed.wait()
@@ -38,7 +38,7 @@ def replace(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, 'wb') as file:
-                write(file)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -58,7 +58,7 @@ def save(path, content):
         buffer.write(''.join(json.dumps(row) + '\n' for row in content).encode())
     else:
         buffer.write(json.dumps(content, indent=1).encode())
-    replace(path, lambda file: file.write(buffer.getbuffer()))
+    replace(path, buffer.getbuffer())
 
 
 def load(path):

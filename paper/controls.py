@@ -2,7 +2,6 @@
 
 import pandas as pd
 
-import data
 from paper.results import alike
 
 CONTROLS = [  # what restarts, weights, member: what it is, epochs of training, models at test time
@@ -52,7 +51,7 @@ def independent(results, first):
         members = [run_of.get(member) for member in ensemble['members'].split(' + ')]
         alike_too = 'test images', 'attack seed', 'attack precision'
         same = all(ensemble[name] == first[name] for name in alike_too)
-        same = same and ensemble['eps'] == data.show_eps(first['eps'], first['dataset'])
+        same = same and ensemble['eps'] == first['typed eps']
         if same and all(members):
             members.sort(key=lambda run: -run['epochs'])
             if ' '.join(str(run['epochs']) for run in members) == first['periods']:

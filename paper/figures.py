@@ -13,8 +13,6 @@ from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-import data
-from lib import record
 from paper.claims import common_name, comparisons, headline, interval, points_of
 from paper.controls import control_groups
 from paper.results import FIVE, FOLLOW, PAPER, alike, comparable, first_and_last
@@ -84,8 +82,8 @@ OF_EPS = {
         ('|eigenvalue|', 'value', RANK),
     ),
     'fig4': (
-        'How alike perturbations at theta + a v and theta - a v are, and robust errors there; v is '
-        'the top eigenvector or a random direction.',
+        'How alike perturbations at theta + a v and theta - a v are, and robust errors there; v, '
+        'of length 1, is the top eigenvector or a random direction.',
         'similarity',
         ('cosine', 'cosine', RANDOM, TOP),
         ('robust error', 'robust_error', RANDOM, TOP),
@@ -103,31 +101,26 @@ FIG_5 = 'Robust errors over the learning rate, of schedules of eps and of the le
 C24 = 'Shares of units that no training image activates. No dot: not measured.'
 PERIODS = (
     'Periods restart eps and the learning rate. Left: robust errors of one run and of a periodic '
-)
-PERIODS += (
     'one, and their ensemble. Right: points of robust error that are gained over the last epoch '
-)
-PERIODS += (
     'of one run, with 95 % intervals over seeds; hollow: in the paper, by the mean of five attacks.'
 )
-FIG_1 = 'The larger eps, the sharper the kink of the loss at theta = 0.'
 CURVES = (
     'Learning curves: robust errors on training images at the scheduled eps, on test images at '
+    'the target eps, and clean ones.'
 )
-CURVES += 'the target, and clean ones.'
+FIG_1 = 'The larger eps, the sharper the kink of the loss at theta = 0.'
 
 
-def draw(results, theory, out):
-    """Draws what there are runs for into the folder `out`: {file: what it shows}."""
+def draw(results, theory):
+    """Draws what there are runs for: {name of the file: (what it shows, its bytes)}."""
     drawn = {}
     with matplotlib.style.context(['default', STYLE]):
         for name, shows, figure in figures(results, theory):
             while f'{name}.png' in drawn:  # of other runs
                 name += '_2'
-            file, buffer = f'{name}.png', io.BytesIO()
+            buffer = io.BytesIO()
             figure.savefig(buffer, format='png')
-            record.replace(out / file, lambda f, content=buffer: f.write(content.getbuffer()))
-            drawn[file] = shows
+            drawn[f'{name}.png'] = shows, buffer.getvalue()
     return drawn
 
 
@@ -193,8 +186,13 @@ def panels(runs, column, panel_list):
         for (_, x, rows, kind), style in zip(curves, ('-', '--')):
             for i, value in enumerate(values):
                 ours = runs[runs[column] == value]
-                color = colormaps['viridis'](0.9 * i / len(values))
-                plot(ax, over(ours, x, y, rows), label(value, ours, kind), color=color, ls=style)
+                look = {'color': colormaps['viridis'](0.9 * i / len(values)), 'ls': style}
+                look['ms'] = len(values) - i + 2  # rings where values are equal
+                plot(ax, over(ours, x, y, rows), label(value, ours, kind), **look)
+        if curves[0][0] in LOG:
+            ticks = sorted(runs[curves[0][1]].unique())
+            ax.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+            ax.minorticks_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center')
     figure.suptitle(common_name(runs))
     return figure
@@ -210,9 +208,7 @@ def over(runs, x, y, rows=None):
 
 def label(value, runs, kind=''):
     """A value of eps or of the schedule in the legend, with the number of runs."""
-    text = value
-    if not isinstance(value, str):
-        text = f'eps {data.show_eps(value, runs["dataset"].iloc[0])}'
+    text = value if isinstance(value, str) else f'eps {runs["typed eps"].iloc[0]}'
     constant = int((runs['constant'] == 'yes').sum())
     n = runs['seed'].nunique()
     return f'{text}{kind}, n = {n}' + (f'\n({constant} runs constant)' if constant else '')
@@ -222,7 +218,7 @@ def plot(ax, table, label, **look):
     """The columns of a table: one or two as a curve each, more as a mean in a band. Bands
     stay within BOUNDS."""
     if len(table) < 25:
-        look |= {'marker': 'o', 'ms': look.get('ms', 3)}
+        look = {'marker': 'o', 'ms': 3} | look
     if table.shape[1] < 3:
         for _, column in table.items():
             ax.plot(column.dropna(), label=label, **look)
@@ -239,27 +235,14 @@ def plot(ax, table, label, **look):
 
 
 def dead_units(runs):
-    """C.2.4: the share of dead units in each layer over the width; equal values are rings around
-    each other."""
+    """C.2.4: the share of dead units in each layer over the width."""
     shares = [
         {f'dead in {layer["layer"]}': layer['share'] for layer in result['layers']}
         for result in runs['dead']
     ]
     shares = pd.DataFrame(shares, index=runs.index)
-    figure = Figure(figsize=(3.2 * shares.shape[1] + 2, 3.4))
-    axes = figure.subplots(1, shares.shape[1], squeeze=False)[0]
-    budgets = sorted(runs['eps'].unique())
-    for ax, layer in zip(axes, shares):
-        ax.set(xlabel='width', ylabel=layer, xscale='log')
-        for i, eps in enumerate(budgets):
-            ours = runs[runs['eps'] == eps].join(shares[layer])
-            look = {'color': f'C{i}', 'ms': 3 * (len(budgets) - i)}
-            plot(ax, over(ours, 'width', layer), label(eps, ours), **look)
-        ax.set_xticks(sorted(runs['width'].unique()), sorted(runs['width'].unique()))
-        ax.minorticks_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc='outside right center')
-    figure.suptitle(common_name(runs))
-    return figure
+    panel_list = [(layer, layer, ('width', 'width', None, '')) for layer in shares]
+    return panels(runs.join(shares), 'eps', panel_list)
 
 
 def learning_curves(groups):
@@ -378,7 +361,7 @@ def planes(runs):
     for ax, run, table in zip(axes, firsts, tables):
         heights = table['loss'].clip(lower=least)
         filled = ax.tricontourf(table['a'], table['b'], heights, levels=levels, norm=LogNorm())
-        ax.set(xlabel='a', ylabel='b', title=f'eps {data.show_eps(run["eps"], run["dataset"])}')
+        ax.set(xlabel='a', ylabel='b', title=f'eps {run["typed eps"]}')
     ticks = levels[::3]
     bar = figure.colorbar(filled, ax=figure.axes, label=LOSS, ticks=ticks)
     bar.ax.set_yticklabels([f'{tick:.2g}' for tick in ticks])

@@ -74,8 +74,8 @@ def collect(paths):
     titles = dict.fromkeys(name for row in evaluations for name in row['errors'])
     last = ['worst case', 'two attacks', 'AutoAttack']
     errors = [*dict.fromkeys([*PAPER, *(name for name in titles if name not in last)]), *last]
-    about = ['name', 'seed', 'differs', 'constant', 'diverged', 'minutes', 'gib', 'overfitting']
-    columns = [*about, 'full', *settings, *CONDITIONS, *errors]
+    about = ['name', 'seed', 'typed eps', 'differs', 'constant', 'diverged', 'full']
+    columns = [*about, 'minutes', 'gib', 'overfitting', *settings, *CONDITIONS, *errors]
     evaluations = pd.DataFrame([row | row['errors'] for row in evaluations], columns=columns)
     evaluations = evaluations.astype(dict.fromkeys(errors, float) | {'full': bool})
     runs = pd.DataFrame(runs, columns=None if runs else [*settings, 'name', 'seed', 'log'])
@@ -155,6 +155,7 @@ def read(folder, defaults, left_out):
         'sessions': list(config.get('provenance', [])),
         'digests': digests,
         'periodic': 'yes' if len(config['periods']) > 1 else 'no',
+        'typed eps': data.show_eps(config['eps'], config['dataset']),
         'diverged': (folder / 'diverged.json').exists(),
         'finished': len(digests['last']) == len(config['periods']),
         'evaluations': [],
