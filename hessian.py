@@ -364,11 +364,28 @@ def parse(argv):
     add('run', help='run folder (its last model) or checkpoint')
     add('--k', type=cli.count, default=20, help='number of eigenpairs')
     add('--solver', choices=SOLVERS, default='lanczos', help="power: the paper's, 15 x the cost")
-    add('--tol', type=float, default=1e-3, help='relative residual at which a pair has converged')
+    add(
+        '--tol',
+        type=cli.number(0),
+        default=1e-3,
+        help='relative residual at which a pair has converged',
+    )
     add('--max-products', type=cli.count, help='lanczos keeps a vector for each; 15 k, power: 50 k')
     add('--draws', type=cli.count, default=10, help='random thetas whose mean L_eps normalises')
-    add('--trace', type=int, default=0, metavar='PROBES', help='of Hutchinson, a product each')
-    add('--density', type=int, default=0, metavar='PROBES', help='of Lanczos, 50 products each')
+    add(
+        '--trace',
+        type=cli.whole(0),
+        default=0,
+        metavar='PROBES',
+        help='of Hutchinson, a product each',
+    )
+    add(
+        '--density',
+        type=cli.whole(0),
+        default=0,
+        metavar='PROBES',
+        help='of Lanczos, 50 products each',
+    )
     cli.add_flags(parser)
     args = parser.parse_args(argv)
     args.max_products = args.max_products or (50 if args.solver == 'power' else 15) * args.k

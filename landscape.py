@@ -244,15 +244,26 @@ def main(argv=None):
 
     add = command(similarity)
     steps = [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]
-    add('--a', type=float, nargs='+', default=steps, help='displacements along the unit vector v')
+    add(
+        '--a',
+        type=cli.number(-1e9),
+        nargs='+',
+        default=steps,
+        help='displacements along the unit vector v',
+    )
     add = command(surface)
     add('--grid', type=cli.count, default=21, help='points a side')
-    add('--radius', type=float, default=0.5, help='largest displacement')
+    add('--radius', type=cli.number(0), default=0.5, help='largest displacement')
     add = command(connect)
     add('other', help='the other end of the curve, a run folder or checkpoint')
-    add('--n-control', type=cli.count, default=5, help='control points, with the two ends')
+    add('--n-control', type=cli.whole(2), default=5, help='control points, with the two ends')
     add('--epochs', type=cli.count, default=200, help='of training the curve')
-    add('--lr', type=float, default=0.1, help='of SGD, divided by 10 at half and at three quarters')
+    add(
+        '--lr',
+        type=cli.number(0),
+        default=0.1,
+        help='of SGD, divided by 10 at half and at three quarters',
+    )
     add('--train-batch-size', type=cli.count, default=128, help='images a step')
     add('--points', type=cli.count, default=21, help='measured along a path')
     command(dead)

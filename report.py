@@ -1,7 +1,8 @@
 """Claims, tables and figures of runs, beside the paper's: `python report.py [FOLDER...]`.
 
-It reads all runs in the folders, by default in ckpts/, and evaluations of ensembles in evals/. Into
---out go README.md, a page with all of it, the numbers as table1.csv, and a picture for each figure.
+It reads all runs in the folders, by default in ckpts/, and evaluations of their ensembles, which
+are in evals/. Into --out go README.md, a page with all of it, the numbers as table1.csv, and a
+picture for each figure.
 """
 
 import argparse

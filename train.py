@@ -314,7 +314,7 @@ def format_epoch(row, config):
         )
     text += f'  {row["seconds"]:.0f} s'
     if row['predicted_classes'] == 1:
-        text += '  a constant classifier: one class for every test image'
+        text += '  a constant classifier: one class for every clean test image'
     return text
 
 
@@ -341,31 +341,16 @@ def settings(args):
         raise ValueError('--periods already sets the epochs; leave out --periodic and --epochs')
     config.epochs = sum(config.periods)
     config.restart = sorted(set(config.restart))
-    check(config)
-    return config
-
-
-def check(config):
-    """ValueError if settings of a config contradict each other or are out of range."""
-    in_range = {
-        'eps': 0 <= config.eps <= 1,
-        'eps_min eps_max': config.eps_min <= config.eps_max,
-        'step_size': 0 < config.step_size <= 1 or config.eps == 0,
-        'lr': 0 <= config.lr < math.inf,
-        'lr_warmup': 0 <= config.lr_warmup <= 1,
-        'momentum': 0 <= config.momentum < math.inf,
-        'weight_decay': 0 <= config.weight_decay < math.inf,
-        'n_eval': 0 <= config.n_eval,
-        'n_val': 0 <= config.n_val,
-        'ema': config.ema is None or 0 < config.ema < 1,
-        'restart': 'none' not in config.restart or config.restart == ['none'],
-    }
-    for names, valid in in_range.items():
-        if not valid:
-            shown = data.show_settings(names.split(), vars(config))
-            raise ValueError(f'{shown} is out of range')
+    if 'none' in config.restart and config.restart != ['none']:
+        raise ValueError('--restart none stands alone')
+    if config.step_size == 0 < config.eps:
+        raise ValueError('--step-size 0 attacks nothing: name one above 0')
+    if config.eps_min > config.eps_max:
+        budgets = data.show_settings(['eps_min', 'eps_max'], vars(config))
+        raise ValueError(f'{budgets}: the ramp must not fall')
     if config.eps_sched == 'constant' and (config.eps_min, config.eps_max) != (0, config.eps):
         raise ValueError('a constant eps is that of --eps: leave out --eps-min and --eps-max')
+    return config
 
 
 def periods_without_eps(config):
@@ -392,10 +377,14 @@ def parser():
     add('--dataset', choices=data.DATASETS, default='mnist5k', help='mnist5k needs no download')
     add('--model', choices=models.MODELS, help='lenet for MNIST, resnet18 for CIFAR10')
     add('--width', type=cli.count, help='width factor; 16 for lenet, 8 for vgg and resnet18')
-    add('--eps', type=cli.budget, help='target budget; 0.4 for MNIST, 8/255 for CIFAR10')
+    add('--eps', type=cli.budget(), help='target budget; 0.4 for MNIST, 8/255 for CIFAR10')
     add('--eps-sched', choices=schedule.EPS_SCHEDS, default='constant', help='ramp (Eq. 5)')
-    add('--eps-min', type=cli.budget, default=0.0, help='start of the ramp, clipped to [0, eps]')
-    add('--eps-max', type=cli.budget, help='its end; 2 eps, 1.5 eps for cosine on MNIST')
+    add('--eps-min', type=cli.budget(-2, 2), default=0.0, help='start of the ramp')
+    add(
+        '--eps-max',
+        type=cli.budget(-2, 2),
+        help='its end; 2 eps, 1.5 eps for cosine on MNIST; eps is clipped',
+    )
     add('--epochs', type=cli.count, help='100 for MNIST, 200 for CIFAR10')
     add('--periodic', action='store_true', help='three periods: 1/2, 1/4 and 1/4 of the epochs')
     add('--periods', type=cli.count, nargs='+', metavar='EPOCHS', help='all periods: 100 50 50')
@@ -404,22 +393,22 @@ def parser():
     add('--clock', choices=('epoch', 'batch'), default='epoch', help='how often lr and eps move')
     add('--batch-size', type=cli.count, default=128, help='images an update, of all processes')
     add('--optimizer', choices=OPTIMIZERS, help='adam for MNIST, sgd for CIFAR10')
-    add('--lr', type=float, help='learning rate; 1e-4 for MNIST, 0.1 for CIFAR10')
+    add('--lr', type=cli.number(0), help='learning rate; 1e-4 for MNIST, 0.1 for CIFAR10')
     add('--lr-sched', choices=schedule.LR_SCHEDS, help='constant for MNIST, step for CIFAR10')
-    add('--lr-warmup', type=float, default=0.0, help='share of a period in which lr rises from 0')
-    add('--momentum', type=float, default=0.9, help='of sgd')
-    add('--weight-decay', type=float, help='0 for MNIST, 1e-3 for CIFAR10')
+    add('--lr-warmup', type=cli.number(0, 1), default=0.0, help='share of a period of rising lr')
+    add('--momentum', type=cli.number(0), default=0.9, help='of sgd')
+    add('--weight-decay', type=cli.number(0), help='0 for MNIST, 1e-3 for CIFAR10')
     add('--step-size', type=cli.step, help='of PGD at eps; 0.01 for MNIST, eps/4 for CIFAR10')
     add('--n-iter', type=cli.count, help='of PGD; eps/0.01 + 10 for MNIST, 10 for CIFAR10')
     add('--start', choices=('step', 'eps'), default='step', help='PGD starts in +-step_size or eps')
     add('--augment', action=argparse.BooleanOptionalAction, help='crop and flip; for CIFAR10')
     add('--n-train', type=cli.count, help='number of training images; all')
-    add('--n-eval', type=int, default=1000, help='test images for the errors after each epoch')
-    add('--n-val', type=int, default=0, help='held-out training images that choose best1.pt ...')
-    add('--ema', type=float, metavar='DECAY', help='average of the weights, kept as ema1.pt ...')
+    add('--n-eval', type=cli.whole(0), default=1000, help='test images after each epoch')
+    add('--n-val', type=cli.whole(0), default=0, help='held-out images that choose best1.pt ...')
+    add('--ema', type=cli.number(0, 1), metavar='DECAY', help='averages weights in ema1.pt ...')
     add('--trace', type=cli.count, metavar='N', help='log the first and last N updates')
     add('--precision', choices=('fp32', 'tf32', 'bf16'), default='fp32', help='of training alone')
-    add('--seed', type=cli.seed, default=0, help='of initialisation, data order and attacks')
+    add('--seed', type=cli.whole(0), default=0, help='of initialisation, data order and attacks')
     add('--minutes', type=float, default=math.inf, help='stop after the epoch in which they pass')
     add('--compile', action='store_true', help='torch.compile the network')
     add('--out', help='folder of the run; ckpts/DATASET_MODEL_SCHED[_periodic]_sSEED')

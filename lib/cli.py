@@ -1,6 +1,8 @@
 """What the command lines of the scripts share: types, flags, progress and one-line errors."""
 
 import argparse
+import contextlib
+import math
 import os
 import re
 import sys
@@ -25,35 +27,53 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f'{action.help} (default: %(default)s)'
 
 
-def budget(text):
+def budget(low=0, high=1):
     """A type for argparse: a budget or step, 8/255 or 0.4, as a fraction of the pixel range."""
-    numerator, _, denominator = text.partition('/')
-    try:
-        value = float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number such as 8/255 or 0.4') from None
-    if not abs(value) <= 2:
-        raise argparse.ArgumentTypeError(f'{text} is not in [0, 1]: did you mean {text}/255?')
-    return value
+
+    def parse(text):
+        numerator, _, denominator = text.partition('/')
+        try:
+            value = float(numerator) / float(denominator or 1)
+        except (ValueError, ZeroDivisionError):
+            message = f'{text!r} is not a number such as 8/255 or 0.4'
+            raise argparse.ArgumentTypeError(message) from None
+        if not low <= value <= high:
+            hint = f': did you mean {text}/255?' if value > high else ''
+            raise argparse.ArgumentTypeError(f'{text} is not in [{low}, {high}]{hint}')
+        return value
+
+    return parse
 
 
 def step(text):
     """A type for argparse: a step as a `budget`, or such as eps/8, which stays a string."""
-    return text if re.fullmatch(r'eps/[1-9]\d*', text) else budget(text)
+    return text if re.fullmatch(r'eps/[1-9]\d*', text) else budget()(text)
 
 
-def count(text):
-    """A type for argparse: a whole number, at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
-    return int(text)
+def number(low, high=math.inf):
+    """A type for argparse: a finite number from `low` to `high`."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= float(text) <= high and math.isfinite(float(text)):
+                return float(text)
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from {low:g} to {high:g}')
+
+    return parse
 
 
-def seed(text):
-    """A type for argparse: a whole number of at most 18 digits, which fits into 64 bits."""
-    if not re.fullmatch(r'-?\d{1,18}', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at most 18 digits')
-    return int(text)
+def whole(low):
+    """A type for argparse: a whole number of at least `low` that fits into 64 bits."""
+
+    def parse(text):
+        if text.isdecimal() and low <= int(text) < 2**63:
+            return int(text)
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {low} to 2^63 - 1')
+
+    return parse
+
+
+count = whole(1)
 
 
 def device(text):
@@ -80,9 +100,9 @@ def add_flags(parser):
     """Adds the flags that all analyses share."""
     add = parser.add_argument
     add('--n-examples', type=count, help='number of images, a fixed random subset; all')
-    add('--eps', type=budget, help="the run's; the paper's for a checkpoint outside of a run")
+    add('--eps', type=budget(), help="the run's; the paper's for a checkpoint outside of a run")
     add('--dataset', choices=data.DATASETS, help='of a checkpoint outside of a run; by its shape')
-    add('--seed', type=seed, default=0, help='of attacks and random vectors')
+    add('--seed', type=whole(0), default=0, help='of attacks and random vectors')
     add('--batch-size', type=count, default=250, help='images in the model at a time')
     add_machine_flags(parser)
 
@@ -100,7 +120,7 @@ def bar(unit, total=None, done=0):
     options = {'unit': unit, 'total': total, 'initial': done}
     options['unit_scale'] = total is None or total > 10000
     if not sys.stderr.isatty():
-        options |= {'file': Lines(), 'mininterval': 60, 'ncols': 80}
+        options |= {'file': Lines(), 'mininterval': 60, 'delay': 60, 'ncols': 80}
     return tqdm(leave=False, disable=distributed.RANK > 0, **options)
 
 

@@ -79,7 +79,8 @@ def load(path):
     except pickle.UnpicklingError:
         raise ValueError(f'{path} is refused: damaged, or more than a plain state_dict') from None
     except Exception as error:  # damaged bytes make the readers raise nearly anything
-        reason = re.split(r'\n|\. ', str(error))[0] or type(error).__name__
+        text = getattr(error, 'strerror', None) or str(error)  # the path is named anyway
+        reason = re.split(r'\n|\. ', text)[0] or type(error).__name__
         raise ValueError(f'{path} cannot be read: {reason}') from None
 
 

@@ -24,7 +24,8 @@ images. A claim *holds* if its interval is above 0, *does not hold* if it is bel
 least 3 must agree. *Uncorrected* is a verdict that does not stand after Holm's correction for the
 number of intervals in its table. *Baseline untrained*: what the claim compares with is a constant
 classifier or diverged; *unknown*: nobody looked. A run that diverged counts as wrong on every
-image. A dash: not measured.
+image. Claims on a larger eps or width compare the largest one with the smallest. A dash: not
+measured.
 
 """
 TEXT = pathlib.Path(__file__).with_name('claims.txt').read_text()

@@ -45,10 +45,10 @@ def independent(results, first):
     alike_in = [name for name in results.settings if name not in free]
     runs = results.runs[results.runs['periodic'] == 'no']
     runs = runs[(runs[alike_in] == first[alike_in]).all(axis=1)]
-    run_of = {str(run['path'] / 'period1.pt'): run for run in runs.to_dict('records')}
+    run_of = {run['digests']['last'][0]: run for run in runs.to_dict('records') if run['log']}
     rows = []
     for ensemble in results.ensembles.to_dict('records'):
-        members = [run_of.get(member) for member in ensemble['members'].split(' + ')]
+        members = [run_of.get(digest) for digest in ensemble['digests']]
         alike_too = 'test images', 'attack seed', 'attack precision'
         same = all(ensemble[name] == first[name] for name in alike_too)
         same = same and ensemble['eps'] == first['typed eps']

@@ -71,6 +71,7 @@ def collect(paths):
     evaluations = [run | row for run in runs for row in run['evaluations']]
     same_data(evaluations, 'test data')
     evaluations += diverged(runs, evaluations, settings, left_out)
+    of_members = ensembles(runs, left_out)
     titles = dict.fromkeys(name for row in evaluations for name in row['errors'])
     last = ['worst case', 'two attacks', 'AutoAttack']
     errors = [*dict.fromkeys([*PAPER, *(name for name in titles if name not in last)]), *last]
@@ -79,7 +80,7 @@ def collect(paths):
     evaluations = pd.DataFrame([row | row['errors'] for row in evaluations], columns=columns)
     evaluations = evaluations.astype(dict.fromkeys(errors, float) | {'full': bool})
     runs = pd.DataFrame(runs, columns=None if runs else [*settings, 'name', 'seed', 'log'])
-    return Results(runs, evaluations, ensembles(left_out), settings, errors, left_out, sessions)
+    return Results(runs, evaluations, of_members, settings, errors, left_out, sessions)
 
 
 def alike(frame, settings, but=()):
@@ -341,17 +342,19 @@ def diverged(runs, evaluations, settings, left_out):
     return rows
 
 
-def ensembles(left_out):
-    """The evaluations of ensembles in evals/ whose members still have the weights that it is of."""
+def ensembles(runs, left_out):
+    """The evaluations in evals/ of ensembles of models of these `runs`."""
+    known = {digest for run in runs for digests in run['digests'].values() for digest in digests}
     rows = []
     for path in sorted(pathlib.Path('evals').glob('ensemble*/evaluate*.json')):
         result = record.load(path)
-        if any(digests_now(member).isdisjoint(result['digests']) for member in result['members']):
-            left_out.append(f'{path} is of weights that are no longer there')
+        if not known.issuperset(result['digests']):
+            left_out.append(f'{path} has a member that is no model of these runs')
             continue
         errors = (standard_errors if result.get('standard') else errors_of)(result['columns'])
         row = {
             'members': ' + '.join(result['members']),
+            'digests': result['digests'],
             'dataset': result['dataset'],
             'eps': data.show_eps(result['eps'], result['dataset']),
             'test images': result['n'],
@@ -360,14 +363,4 @@ def ensembles(left_out):
             'date': result['provenance'][-1]['date'],
         }
         rows.append(row | errors)
-    return pd.DataFrame(rows)
-
-
-def digests_now(path):
-    """The digest of a checkpoint as it is, or those in the log of its run if only that is here."""
-    path = pathlib.Path(path)
-    if path.exists():
-        return {record.digest(path)}
-    log = path.with_name('log.jsonl')
-    rows = record.load(log) if log.exists() else []
-    return {value for row in rows for name, value in row.items() if name.endswith('digest')}
+    return pd.DataFrame(rows, columns=None if rows else ['digests'])

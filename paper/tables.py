@@ -32,7 +32,7 @@ def make(results):
         tables[heading] = table_1(full[full['precision'] == precision], errors)
     for (dataset, model), runs in others.groupby(['dataset', 'model'], sort=False):
         tables[f'Other runs of {model} on {dataset}'] = other_runs(runs, results.settings, errors)
-    return tables | {'Ensembles': results.ensembles}
+    return tables | {'Ensembles': results.ensembles.drop(columns='digests')}
 
 
 def controls(first, rows):

@@ -247,8 +247,8 @@ def test_bad_input_ends_in_one_line_and_an_error_of_ours_does_not():
 
 def test_in_a_file_progress_is_lines(capsys):
     with cli.bar(' images', 100) as bar:
-        bar.mininterval = 0
+        bar.mininterval = bar.delay = 0
         for _ in range(2):
             bar.update(50)
     lines = capsys.readouterr().err.splitlines()
-    assert [line[:4] for line in lines] == ['0%| ', '50%|', '100%']
+    assert [line[:4] for line in lines] == ['50%|', '100%']

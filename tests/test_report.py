@@ -328,7 +328,7 @@ def test_what_is_in_no_table_is_said(tmp_path, capsys):
         f'{runs["retrained"]}/evaluate.json is of weights that the run no longer has',
         f'{runs["eps"]}/evaluate.json is at another eps than the run',
         f'{runs["diverged"]} diverged, and no other seed was evaluated',
-        'evals/ensemble_x/evaluate.json is of weights that are no longer there',
+        'evals/ensemble_x/evaluate.json has a member that is no model of these runs',
     }
 
 
