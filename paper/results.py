@@ -90,37 +90,51 @@ def alike(frame, settings, but=()):
 
 
 def comparable(group, *point):
-    """A group of runs with what can be compared of them: results on as many images as the most, as
-    many first and last updates and the same points of similarity for all. Of two runs of a seed
-    with the same values of the settings `point` there is neither: either may be the odd one."""
+    """A group of runs with what can be compared of them. Of two runs of a seed with the same values
+    of the settings `point` there is neither: either may be the odd one."""
     group = group[~group.duplicated(['seed', *point], keep=False)]
     runs = [dict(run) for run in group.to_dict('records')]
+    n_updates = min((run['n_updates'] for run in runs if run['updates']), default=0)
+    for run in runs:  # as many first and last updates of each
+        run['n_updates'] = n_updates
+    on_most_images(runs)
+    at_shared_points(runs)
+    independent_pairs(runs)
+    return pd.DataFrame(runs, index=group.index)
+
+
+def on_most_images(runs):
+    """Leaves out results on fewer images than another run has. A diverged run is always wrong."""
     for name in ('pgd', *ANALYSES):
         most = max((run[name]['n'] for run in runs if run[name]), default=0)
         for run in runs:
             if run[name] and run[name]['n'] < most:
                 run[name] = None
-            if run['diverged'] and name == 'pgd':
-                run['pgd'] = {'n': most, 'error': 1.0}  # always wrong
-    n_updates = min((run['n_updates'] for run in runs if run['updates']), default=0)
-    shared = [
-        {point['a'] for point in run['similarity']['points']} for run in runs if run['similarity']
-    ]
-    shared = set.intersection(*shared) if shared else set()
-    has_steps = min(shared, default=1) <= 0 < max(shared, default=0)
+            if name == 'pgd' and run['diverged']:
+                run['pgd'] = {'n': most, 'error': 1.0}
+
+
+def at_shared_points(runs):
+    """Takes similarities at the displacements that all runs have, 0 and some above it, or none."""
+    runs = [run for run in runs if run['similarity']]
+    displacements = [{point['a'] for point in run['similarity']['points']} for run in runs]
+    shared = set.intersection(*displacements) if runs else set()
+    enough = min(shared, default=1) <= 0 < max(shared, default=0)
+    for run in runs:
+        points = [point for point in run['similarity']['points'] if point['a'] in shared]
+        run['similarity'] = {**run['similarity'], 'points': points} if enough else None
+
+
+def independent_pairs(runs):
+    """Leaves out curves from or to a run that an earlier curve has: they are not independent."""
     connected = set()
     for run in runs:
-        run['n_updates'] = n_updates
-        if run['similarity']:
-            points = [point for point in run['similarity']['points'] if point['a'] in shared]
-            run['similarity'] = {**run['similarity'], 'points': points} if has_steps else None
-        if run['connect']:  # pairs that share a run are not independent
-            pair = {run['connect']['digest'], run['connect']['other']}
-            if pair & connected:
+        if run['connect']:
+            ends = {run['connect']['digest'], run['connect']['other']}
+            if ends & connected:
                 run['connect'] = None
             else:
-                connected |= pair
-    return pd.DataFrame(runs, index=group.index)
+                connected |= ends
 
 
 def how_evaluated(row):
