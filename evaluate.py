@@ -187,58 +187,51 @@ def evaluate_group(paths, dataset, eps, members, args):
     """Evaluates the ensemble of `members`, a group of load_groups(paths, ...), or resumes this. The
     column PGD is the members' attack of training, or the paper's if they differ in it."""
     files, configs, networks = zip(*members.values())
-    digests = sorted(members)
-    if args.ensemble:
-        name = hashlib.sha256(f'{digests} {dataset} {eps}'.encode()).hexdigest()[:10]
-        folder = pathlib.Path('evals', f'ensemble_{name}')
-    else:
-        folder = record.folder_of(paths[0], digests[0])
-    _, _, x, y = data.load(dataset, args.data_dir, args.device)
-    index = data.subset(len(x), args.n_examples)
-    stem, variant = variant_of(args, len(configs[0].get('periods', [])))
-    metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset} | variant
-    metadata |= {'data': data.digest(x, y), 'n': len(index), 'n_test': len(x)}
-    metadata |= {'eps': eps, 'seed': args.seed}
-    # the folder of an ensemble is of one eps
-    defaults = {'eps': eps if args.ensemble else configs[0]['eps'], 'n_examples': len(x)}
-    path = record.output(folder, stem, args, defaults)
-    config = configs[0]
+    config, digests = configs[0], sorted(members)
     if any(data.pgd_settings(other, eps) != data.pgd_settings(config, eps) for other in configs):
         config = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
     columns = attack.STANDARD if args.standard else attack.STANDARD | attack.ATTACKS
-    table = {key: columns[key] for key in args.attacks}
+    attacks = attacks_of({key: columns[key] for key in args.attacks}, config, eps)
+
+    _, _, x, y = data.load(dataset, args.data_dir, args.device)
+    index = data.subset(len(x), args.n_examples)
+    metadata = {'members': list(map(str, files)), 'digests': digests, 'dataset': dataset}
+    metadata |= {'data': data.digest(x, y), 'n': len(index), 'n_test': len(x)}
+    metadata |= {'eps': eps, 'seed': args.seed}
+    stem, variant = variant_of(args, len(configs[0].get('periods', [])))
+    if args.ensemble:  # a folder of its own for these members at this eps
+        name = hashlib.sha256(f'{digests} {dataset} {eps}'.encode()).hexdigest()[:10]
+        folder, usual_eps = pathlib.Path('evals', f'ensemble_{name}'), eps
+    else:
+        folder, usual_eps = record.folder_of(paths[0], digests[0]), configs[0]['eps']
+    path = record.output(folder, stem, args, {'eps': usual_eps, 'n_examples': len(x)})
+
     layout = fast.memory_format(args.device, args.precision)
     model = networks[0] if len(networks) == 1 else models.Ensemble(networks)
     model = model.to(args.device, memory_format=layout)
+    images = x[index].contiguous(memory_format=layout)
     print(
         f'{path}: {" + ".join(metadata["members"])}\n{len(index)} of {len(x)} test images of '
         f'{dataset}, eps {data.show_eps(eps, dataset)}, seed {args.seed}\n'
         f'  {"":<12}{"so far %" if args.standard else "error %":>8}   {"95 % interval":<15}{"s":>6}'
     )
     with record.lock(folder), fast.tf32(False):
-        evaluation = resume(path, index, metadata, args.device)
-        images = x[index].contiguous(memory_format=layout)
-        attacks = attacks_of(table, config, eps)
+        evaluation = resume(path, index, metadata | variant, args.device)
         model = fast.folded(model, x[:2])
         evaluate(model, networks, images, y[index], evaluation, attacks, args)
 
 
 def variant_of(args, n_periods):
     """What is not evaluated as by default: the name of the result for it, and name -> value."""
-    stem, variant = 'evaluate', {}
-    if args.standard:
-        stem += '_standard'
-        variant['standard'] = True
-    if args.precision == 'tf32':
-        stem += '_tf32'
-        variant['precision'] = 'tf32'
+    variant = {'standard': True} if args.standard else {}
+    if args.precision != 'fp32':
+        variant['precision'] = args.precision
     if args.weights != 'last':
-        stem += f'_{args.weights}'
         variant['weights'] = args.weights
     if args.member and n_periods > 1:
-        stem += f'_member{args.member}'
         variant['member'] = args.member
-    return stem, variant
+    tags = variant | {'standard': 'standard', 'member': f'member{args.member}'}
+    return '_'.join(['evaluate', *(tags[name] for name in variant)]), variant
 
 
 def resume(path, index, metadata, device):
