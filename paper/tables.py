@@ -1,5 +1,7 @@
 """The tables of errors: Table 1 beside the paper's numbers, controls, other runs, ensembles."""
 
+import re
+
 import numpy as np
 import pandas as pd
 
@@ -24,7 +26,8 @@ def make(results):
     tables = {}
     for first, rows in control_groups(results):
         heading = f'Controls: {first["model"]} on {first["dataset"]}, {first["eps_sched"]} eps'
-        tables[f'{heading}, {first["differs"]}'] = controls(first, rows)
+        flags = re.sub(r'--restart( \w+)+ ', '', first['differs'])  # in which the rows differ
+        tables[f'{heading}, {flags}'] = controls(first, rows)
     for precision in sorted({'fp32', *full['precision']}, reverse=True):
         heading = (
             f"Table 1 at the paper's size, {precision}: ours / the paper's / deviations between"
