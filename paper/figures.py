@@ -275,35 +275,43 @@ def errors_over_epochs(ax, runs):
 
 def figure_of_periods(results, periods):
     """What periods do to one cell, that of the most seeds, and what they gain in all."""
-    pairs = max(periods, key=len)
-    figure = Figure(figsize=(10, 0.22 * len(periods) + 4.2))
-    axes = figure.subplot_mosaic('AB;CB', height_ratios=(3, 1))
-    top, gains, below = axes['A'], axes['B'], axes['C']
-    top.set(ylabel='robust error (PGD)', title=f'{pairs["name before"].iloc[0]}, n = {len(pairs)}')
-    runs = results.runs[results.runs['log'].map(bool)]  # else it diverged
-    for i, suffix in enumerate((' before', '')):
+    rows = gains_of_periods(periods) + gains_of_controls(results)
+    figure = Figure(figsize=(11, 0.2 * len(rows) + 3.6))
+    axes = figure.subplot_mosaic('AC;BC', height_ratios=(3, 1))
+    pairs, runs = max(periods, key=len), results.runs
+    runs = runs[runs['log'].map(bool) & runs['seed'].isin(pairs['seed'])]  # none that diverged
+    for suffix, color, run, end in (
+        (' before', 'C0', 'one run', 'one run at the end'),
+        ('', 'C1', 'three periods', 'the ensemble of periods'),
+    ):
         settings = [pairs[f'{name}{suffix}'].iloc[0] for name in results.settings]
         ours = runs[(runs[results.settings] == settings).all(axis=1)]
-        ours = ours[ours['seed'].isin(pairs['seed'])]
-        kind = 'three periods' if not suffix else 'one run'
-        for name, text, style in (('train', 'training', ':'), ('', 'test', '-')):
-            error = 'train_robust_error' if name else 'robust_error'
-            table = over(ours, 'epoch', error, lambda run: run['log']).astype(float)
-            plot(top, table, f'{kind}, {text}', color=f'C{i}', ls=style, marker='')
-        log = pd.DataFrame(ours.iloc[0]['log']).set_index('epoch')
-        below.step(log.index, log['eps'] / log['eps'].max(), f'C{i}', where='mid')
-        below.step(log.index, log['lr'] / log['lr'].max(), f'C{i}', ls='--', where='mid')
-    ends = {'one run at the end': 'PGD before', 'the ensemble of periods': 'PGD'}
-    for color, (text, error) in zip(('C0', 'C1'), ends.items()):
-        text += f', {pairs["test images"].iloc[0]} images'
-        top.axhline(pairs[error].mean() / 100, color=color, ls='-.', lw=1, label=text)
-    top.legend(fontsize=7)
-    below.set(xlabel='epoch', ylabel='share', yscale='linear')
-    below.plot([], [], 'k', label='eps')
-    below.plot([], [], 'k--', label='lr')
-    below.legend()
-    forest(gains, gains_of_periods(periods) + gains_of_controls(results))
+        over_epochs(axes['A'], axes['B'], ours, run, color)
+        error, n = pairs[f'PGD{suffix}'].mean() / 100, pairs['test images'].iloc[0]
+        axes['A'].axhline(error, color=color, ls='-.', lw=1, label=f'{end}, {n} images')
+    title = f'{pairs["name before"].iloc[0]}, n = {len(pairs)}'
+    axes['A'].set(ylabel='robust error (PGD)', title=title)
+    axes['A'].tick_params(labelbottom=False)
+    axes['A'].legend(fontsize=6, ncols=2, loc='upper center', bbox_to_anchor=(0.5, -0.02))
+    axes['B'].set(xlabel='epoch', ylabel='share of largest', yscale='linear')
+    axes['B'].plot([], [], 'k', label='eps')
+    axes['B'].plot([], [], 'k--', label='lr')
+    axes['B'].legend(fontsize=7)
+    forest(axes['C'], rows)
     return figure
+
+
+def over_epochs(errors, clock, runs, kind, color):
+    """Robust errors of runs over the epochs, and below eps and lr as shares of the largest."""
+    for name, text, style in (
+        ('train_robust_error', 'training images', ':'),
+        ('robust_error', 'test images', '-'),
+    ):
+        table = over(runs, 'epoch', name, lambda run: run['log']).astype(float)
+        plot(errors, table, f'{kind}, {text}', color=color, ls=style, marker='')
+    log = pd.DataFrame(runs.iloc[0]['log']).set_index('epoch')
+    for name, style in ('eps', '-'), ('lr', '--'):
+        clock.step(log.index, log[name] / log[name].max(), color, ls=style, where='mid')
 
 
 def gains_of_periods(periods):
@@ -344,7 +352,8 @@ def forest(ax, rows):
             ax.plot([low, high], [y, y], color='C1')
         if in_paper is not None:
             ax.plot(in_paper, y, 'o', color='0.3', mfc='none')
-    ax.set_yticks(range(len(rows)), [f'{label}, n = {len(values)}' for label, values, _ in rows])
+    labels = [f'{label}, n = {len(values)}' for label, values, _ in rows]
+    ax.set_yticks(range(len(rows)), labels, fontsize=7)
     ax.invert_yaxis()
     ax.set(xlabel='points of robust error gained')
 

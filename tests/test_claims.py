@@ -397,7 +397,7 @@ def test_lines_are_named_and_of_all_seeds(tmp_path):
     top = drawn['periods'].axes[0]
     bands, curves = len(top.collections), [line.get_label() for line in top.lines]
     assert top.get_title() == 'one0, n = 3' and bands == 2  # of one run; one of three diverged
-    assert curves.count('one run, test') == curves.count('three periods, test') == 1
+    assert curves.count('one run, test images') == curves.count('three periods, test images') == 1
 
 
 def test_figures_of_one_name_do_not_replace_each_other():
