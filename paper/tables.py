@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pandas as pd
 
-from paper.claims import judge
+from paper.claims import correct_for_number, judge
 from paper.controls import control_groups
 from paper.results import CONDITIONS, PAPER, ROW, UNKNOWN, alike, how_evaluated
 
@@ -56,10 +56,12 @@ def controls(first, rows):
         for pas in ['G', 'H'] if label[0] == 'B' else ['G']:
             if pas in errors and pas != label[0]:
                 points = (errors[label[0]] - errors[pas]).dropna()
-                verdict, text, _ = judge(points, full=True)
-                row[f'{pas} gains'] = f'{text}: {verdict}'
+                verdict, text, p = judge(points, full=True)
+                row |= {f'{pas} gains': f'{verdict}, {text}', f'p {pas} gains': p}
         table.append(row)
-    return pd.DataFrame(table)
+    table = pd.DataFrame(table)
+    correct_for_number(table)
+    return table
 
 
 def table_1(runs, errors):
