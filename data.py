@@ -25,7 +25,9 @@ class Dataset:
     channels: int
     size: int  # height and width
     n_classes: int
-    arrays: Callable  # folder of downloads -> {x_train, y_train, x_test, y_test}, uint8
+    arrays: (
+        Callable | None
+    )  # folder of downloads -> {x_train, ...} as in the file; None: no download
     settings: Callable  # eps, by default the paper's -> its settings of a run, name -> value
     denominator: int | None = None  # budgets are typed as 8/255 with 255, as 0.4 with None
 
@@ -102,6 +104,8 @@ def load(name, data_dir='data', device='cpu'):
     dataset, path = DATASETS[name], pathlib.Path(data_dir) / f'{name}.npz'
     shape = dataset.size, dataset.size, dataset.channels
     try:
+        if not path.exists() and not dataset.arrays:
+            raise FileNotFoundError('there is none')
         arrays = dict(np.load(path)) if path.exists() else dataset.arrays(path.parent)
         pairs = [(arrays[f'x_{split}'], arrays[f'y_{split}']) for split in ('train', 'test')]
         for x, y in pairs:
@@ -160,8 +164,14 @@ def show(name, value, dataset):
 
 def show_settings(names, config):
     """Settings of a run as flags, '--eps 8/255 --lr 0.1'."""
-    dataset = config['dataset']
-    return ' '.join(f'--{n.replace("_", "-")} {show(n, config[n], dataset)}' for n in names)
+    flags = []
+    for name in names:
+        flag, value = name.replace('_', '-'), config[name]
+        if isinstance(value, bool):
+            flags.append(f'--{flag}' if value else f'--no-{flag}')
+        else:
+            flags.append(f'--{flag} {show(name, value, config["dataset"])}')
+    return ' '.join(flags)
 
 
 def pgd_settings(config, eps):

@@ -9,6 +9,7 @@ folder, any other to evals/. An image that is misclassified when clean counts as
 
 import argparse
 import hashlib
+import inspect
 import math
 import pathlib
 import time
@@ -85,7 +86,8 @@ def evaluate(model, networks, x, y, evaluation, attacks, args):
         if args.standard:
             shown |= {'after': '+'.join(before), 'attacked': len(standing)}
         if key not in columns or columns[key]['settings'] != shown:
-            evaluation.drop(robust.keys() - set(before) if args.standard else {key})
+            stale = robust.keys() - set(before) if args.standard else {key}
+            evaluation.drop(stale)
             began = time.monotonic()
             options = {'eps': result['eps'], 'seed': args.seed, 'batch_size': args.batch_size}
             options |= {'index': evaluation.index[standing], **settings}
@@ -128,8 +130,9 @@ def attacks_of(table, config, eps):
     is left out for datasets of too few classes."""
     attacks, n_classes = {}, data.DATASETS[config['dataset']].n_classes
     for key, run_attack in table.items():
-        settings = dict(getattr(run_attack, 'keywords', {}))  # of a partial
-        is_pgd = getattr(run_attack, 'func', run_attack) is attack.pgd
+        function = getattr(run_attack, 'func', run_attack)  # of a partial
+        settings = dict(getattr(run_attack, 'keywords', None) or defaults_of(function))
+        is_pgd = function is attack.pgd
         if is_pgd and 'n_iter' not in settings:
             settings |= data.pgd_settings(config, eps)
         elif is_pgd:
@@ -141,6 +144,14 @@ def attacks_of(table, config, eps):
             continue
         attacks[key] = run_attack, settings
     return attacks
+
+
+def defaults_of(function):
+    """The defaults of an attack, name -> value, but for those that all attacks share."""
+    shared = 'start', 'seed', 'index', 'batch_size'
+    parameters = inspect.signature(function).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return {name: defaults[name] for name in defaults if name not in shared}
 
 
 def summary(robust, **details):
@@ -190,8 +201,8 @@ def evaluate_group(paths, dataset, eps, members, args):
     config, digests = configs[0], sorted(members)
     if any(data.pgd_settings(other, eps) != data.pgd_settings(config, eps) for other in configs):
         config = data.DATASETS[dataset].settings(eps) | {'dataset': dataset}
-    columns = attack.STANDARD if args.standard else attack.STANDARD | attack.ATTACKS
-    attacks = attacks_of({key: columns[key] for key in args.attacks}, config, eps)
+    table = attack.STANDARD if args.standard else attack.STANDARD | attack.ATTACKS
+    attacks = attacks_of({key: table[key] for key in args.attacks}, config, eps)
 
     _, _, x, y = data.load(dataset, args.data_dir, args.device)
     index = data.subset(len(x), args.n_examples)

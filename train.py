@@ -119,9 +119,9 @@ def clock(config, epoch, batch, n_batches):
     now, tick = epoch, 1
     if config.clock == 'batch':
         now, tick = epoch + batch / n_batches, 1 / n_batches
-    eps_periods, lr_periods = (
-        config.periods if name in config.restart else [config.epochs] for name in ('eps', 'lr')
-    )
+    whole = [config.epochs]
+    eps_periods = config.periods if 'eps' in config.restart else whole
+    lr_periods = config.periods if 'lr' in config.restart else whole
     t = schedule.progress(now, eps_periods)
     eps = schedule.eps_at(t, config.eps_sched, config.eps, config.eps_min, config.eps_max)
     lr = schedule.lr_at(schedule.progress(now, lr_periods), config.lr_sched, config.lr)
@@ -327,7 +327,8 @@ def settings(args):
     ValueError if they contradict each other or are out of range."""
     dataset = data.DATASETS[args.dataset]
     paper = dataset.settings() if args.eps is None else dataset.settings(args.eps)
-    paper['eps_max'] = paper['eps_max'].get(args.eps_sched, 2 * paper['eps'])
+    eps_max = {'constant': paper['eps']} | paper['eps_max']
+    paper['eps_max'] = eps_max.get(args.eps_sched, 2 * paper['eps'])
     given = {name: value for name, value in vars(args).items() if name not in NO_SETTINGS}
     config = argparse.Namespace(**{k: paper.get(k) if v is None else v for k, v in given.items()})
     if isinstance(config.step_size, str):

@@ -135,6 +135,8 @@ def run(main):
         if distributed.RANK == 0:
             print(f'{end}: nothing to do')
     except (ValueError, OSError, ImportError) as error:
+        if os.environ.get('TRACEBACK'):  # for those who change the code
+            raise
         where = f'process {distributed.RANK}: ' if distributed.SIZE > 1 else ''
         sys.exit(f'{where}error: {" ".join(str(error).split())}')
     except KeyboardInterrupt:

@@ -34,7 +34,9 @@ def attack(search):
                 if dtype.itemsize < 4:
                     x, network = x.float(), lambda x: model(x.to(dtype))
                 kwargs |= {'index': index, 'seed': int(seed), 'batch_size': batch_size}
-                return search(network, x, y, eps, *args, **kwargs).to(dtype)
+                x_adv = search(network, x, y, eps, *args, **kwargs)
+                check_result(x_adv, x, eps)
+                return x_adv.to(dtype)
         except ValueError as error:
             error.args = (f'{search.__name__}: {error}',)
             raise
@@ -77,6 +79,15 @@ def check_model(model, x, y):
     if not 0 <= first <= last < n_classes:
         classes = f'0 .. {n_classes - 1}, the classes of the model'
         raise ValueError(f'labels must be {classes}, got {first} .. {last}')
+
+
+def check_result(x_adv, x, eps):
+    """ValueError unless a search has returned images in the box around x."""
+    if x_adv.shape != x.shape:
+        raise ValueError(f'returned {tuple(x_adv.shape)} for images {tuple(x.shape)}')
+    low, high = box(x, eps)
+    if ((x_adv < low - 1e-6) | (x_adv > high + 1e-6)).any():
+        raise ValueError('returned images outside of the l_inf ball or of [0, 1]')
 
 
 def usable(tensor):

@@ -88,7 +88,7 @@ OF_EPS = {
         ('cosine', 'cosine', RANDOM, TOP),
         ('robust error', 'robust_error', RANDOM, TOP),
     ),
-    'fig11': ('The loss on the training set.', 'log', (LOSS, 'loss', EPOCHS)),
+    'fig11': ('The loss on the training set.', 'log', ('training loss', 'loss', EPOCHS)),
     'c25': (
         'The loss between two runs, on a trained curve and on the straight line.',
         'connect',
@@ -282,7 +282,7 @@ def figure_of_periods(results, periods):
     runs = runs[runs['log'].map(bool) & runs['seed'].isin(pairs['seed'])]  # none that diverged
     for suffix, color, run, end in (
         (' before', 'C0', 'one run', 'one run at the end'),
-        ('', 'C1', 'three periods', 'the ensemble of periods'),
+        ('', 'C1', 'periods', 'the ensemble of periods'),
     ):
         settings = [pairs[f'{name}{suffix}'].iloc[0] for name in results.settings]
         ours = runs[(runs[results.settings] == settings).all(axis=1)]

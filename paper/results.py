@@ -287,22 +287,28 @@ def evaluate(files, run, in_table_1, left_out):
         if result.get('standard'):
             row['errors'] |= standard_errors(columns)
             continue
-        row['errors'] |= errors_of(columns)
+        row['errors'] |= errors_of(path, columns)
         row['attacks'] |= attacks
         if ATTACKS.keys() <= attacks.keys():
             same = [ATTACKS[key].items() <= attacks[key].items() for key in ATTACKS]
             whole = result['n'] == result['n_test'] and (weights, member) == ('last', None)
             row['full'] = in_table_1 and whole and all(same)
     for row in rows.values():
-        row['attacks'] = str(sorted(row['attacks'].items()))
+        papers = [(key, row['attacks'][key]) for key in ATTACKS if key in row['attacks']]
+        row['attacks'] = str(papers)
     return list(rows.values())
 
 
-def errors_of(columns):
-    """Errors of an evaluation, in percent. The worst case takes all five attacks."""
+def errors_of(path, columns):
+    """Errors of the evaluation at `path`, in percent. The worst case is that of the paper's five
+    attacks, whatever others there are."""
     errors = {attack.title(key): 100 * column['error'] for key, column in columns.items()}
     if not ATTACKS.keys() <= columns.keys():
         errors.pop('worst case')
+    elif columns.keys() - ATTACKS - {'clean', 'worst'}:
+        robust = record.load(path.with_suffix('.npz'))
+        withstood = np.logical_and.reduce([robust[key] for key in ('clean', *ATTACKS)])
+        errors['worst case'] = 100 * (1 - withstood.mean())
     return errors
 
 
@@ -365,7 +371,9 @@ def ensembles(runs, left_out):
         if not known.issuperset(result['digests']):
             left_out.append(f'{path} has a member that is no model of these runs')
             continue
-        errors = (standard_errors if result.get('standard') else errors_of)(result['columns'])
+        columns = result['columns']
+        standard = result.get('standard')
+        errors = standard_errors(columns) if standard else errors_of(path, columns)
         row = {
             'members': ' + '.join(result['members']),
             'digests': result['digests'],

@@ -78,7 +78,12 @@ def other_runs(runs, settings, errors):
     rows = []
     for ours in alike(runs, [*settings, *CONDITIONS]):
         first = ours.iloc[0]
-        row = {'runs': first['name'], 'flags': first['differs'], 'evaluated': how_evaluated(first)}
+        row = {
+            'runs': first['name'],
+            'eps_sched': first['eps_sched'],
+            'periodic': first['periodic'],
+        }
+        row |= {'flags': first['differs'], 'evaluated': how_evaluated(first)}
         rows.append(row | cells(ours, errors))
     return pd.DataFrame(rows)
 

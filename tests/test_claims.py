@@ -1,5 +1,6 @@
 import itertools
 import pathlib
+import shutil
 from unittest import mock
 
 import matplotlib
@@ -10,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from test_report import FEW, STANDARD, analyse, connect, diverge, evaluate, make_run, reported
 
+import models
 import report
 from lib import record
 from paper import claims, figures, results
@@ -86,7 +88,7 @@ def test_the_papers_gains_are_those_of_its_table(column, baseline, changed):
     pairs = [pair for pair in pairs if pair[0][column] == baseline and pair[1] in cells]
     gains = zip(*(np.subtract(cells[before], cells[after]) for before, after in pairs))
     clean, robust = (f'{min(points):.2f} to {max(points):.2f}' for points in gains)
-    _, typed, typed_clean = claims.TABLE_1[changed]
+    _, typed, typed_clean = claims.TABLE_1[results.ROW[column], changed]
     assert typed.split(',')[0] == robust and typed_clean in (clean, '—')
 
 
@@ -177,13 +179,19 @@ def test_an_ensemble_is_compared_with_the_last_model_of_its_schedule(tmp_path):
     assert row['points'].startswith('2.95 [') and row['robust'] == 'holds at a small size'
 
 
-def test_networks_are_compared_under_one_schedule(tmp_path):
+def test_networks_are_compared_under_one_schedule(tmp_path, monkeypatch):
     for seed, (model, robust) in itertools.product(range(2), (('vgg', 54), ('resnet18', 50))):
         for sched in 'constant', 'linear':
             flags = f'--dataset cifar10 --model {model} --eps-sched {sched} --periodic'
             errors = [25, *[robust + seed * (model == 'vgg')] * 6]
             make_run(tmp_path / f'{model}_{sched}_s{seed}', f'{flags} --seed {seed}', errors)
-    rows = judged(tmp_path)['ResNet18 beats VGG']
+    monkeypatch.setitem(models.MODELS, 'linear', models.VGG)  # the name of a schedule
+    mine = shutil.copytree(tmp_path / 'vgg_constant_s0', tmp_path / 'mine_s0')
+    record.save(mine / 'config.json', record.load_config(mine) | {'model': 'linear'})
+    tables = judged(tmp_path)
+    assert [row['runs'] for row in tables['model vgg to linear']] == ['mine']
+    assert {row['runs'] for row in tables[LINEAR]} == {'vgg_linear', 'resnet18_linear'}
+    rows = tables['ResNet18 beats VGG']
     assert {row['runs'] for row in rows} == {'resnet18_constant', 'resnet18_linear'}
     shown = [(row['points'][:5], row['seeds'], row['robust']) for row in rows]
     assert shown == [('4.5 [', '2', 'inconclusive')] * 2
@@ -397,7 +405,7 @@ def test_lines_are_named_and_of_all_seeds(tmp_path):
     top = drawn['periods'].axes[0]
     bands, curves = len(top.collections), [line.get_label() for line in top.lines]
     assert top.get_title() == 'one0, n = 3' and bands == 2  # of one run; one of three diverged
-    assert curves.count('one run, test images') == curves.count('three periods, test images') == 1
+    assert curves.count('one run, test images') == curves.count('periods, test images') == 1
 
 
 def test_figures_of_one_name_do_not_replace_each_other():

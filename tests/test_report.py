@@ -4,6 +4,7 @@ import pathlib
 import statistics
 from unittest import mock
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -266,6 +267,17 @@ def test_a_column_of_several_attacks_takes_all_of_them(tmp_path):
     assert [reported(run)[OTHER][0][name] for name in names] == ['1.00', '13.00', '50.00', '—']
     evaluate(run, [1, 40], **STANDARD)
     assert [reported(run)[OTHER][0][name] for name in names] == ['1.00', '13.00', '—', '—']
+
+
+def test_a_further_attack_of_one_run_splits_no_row_and_is_not_in_the_worst_case(tmp_path):
+    runs = [make_run(tmp_path / f'run_s{seed}', f'--n-train 9 --seed {seed}') for seed in (0, 1)]
+    evaluate(runs[0], [*ERRORS[:-1], 14, 15], settings=SETTINGS | {'mine': {}})
+    robust = {
+        key: np.arange(100) >= error for key, error in zip(['clean', *results.ATTACKS], ERRORS)
+    }
+    record.save(runs[0] / 'evaluate.npz', robust | {'mine': np.arange(100) >= 14})
+    (row,) = reported(tmp_path)[OTHER]
+    assert (row['seeds'], row['MINE'], row['worst case']) == ('2', '14.00', '12.50(71)')
 
 
 def test_an_attack_of_other_settings_does_not_join_the_others(tmp_path, capsys):
